@@ -1,0 +1,8 @@
+"""Curvature estimators, for `SophiaG(estimator=...)` and for optimizers of your own."""
+
+from sophia.optim.curvature import Estimator as Estimator
+from sophia.optim.curvature import GaussNewtonBartlett as GaussNewtonBartlett
+from sophia.optim.curvature import Hutchinson as Hutchinson
+from sophia.optim.curvature import Refresh as Refresh
+
+__all__ = ["Estimator", "GaussNewtonBartlett", "Hutchinson", "Refresh"]

@@ -1,0 +1,7 @@
+"""The library: optimizers and curvature estimators. Imports torch only."""
+
+from sophia.optim.sophia import Sophia as Sophia
+from sophia.optim.variants import SophiaG as SophiaG
+from sophia.optim.variants import SophiaH as SophiaH
+
+__all__ = ["Sophia", "SophiaG", "SophiaH"]

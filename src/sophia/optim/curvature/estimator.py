@@ -1,0 +1,54 @@
+"""What every curvature estimator is given, and what it gives back."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sophia.optim.noise import forked_rng, stream_key
+from sophia.optim.replicas import Replicas
+
+Forward: TypeAlias = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """The circumstances of one curvature refresh."""
+
+    seed: int
+    """Seed of all noise."""
+    step: int
+    """t: the optimizer's count of steps so far."""
+    scale: float
+    """A power of two on the loss that is differentiated, against overflow in fp16."""
+    replicas: Replicas
+    """The ranks that estimate together."""
+    rows: Tensor | None = None
+    """Global indices of the batch rows of all forwards in order, int64 [rows]; None counts rows on this rank."""
+
+    @contextlib.contextmanager
+    def forward_pass(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
+        """Gradients on and torch's global generators forked, for running the forward of this index."""
+        devices = list({p.device for p in params})
+        key = stream_key(self.seed, self.step, self.replicas.rank, index)
+        with torch.enable_grad(), forked_rng(devices, key):
+            yield
+
+
+class Estimator(Protocol):
+    """Estimates the diagonal of a curvature matrix of the mean loss."""
+
+    def estimate(self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh) -> list[Tensor | None]:
+        """One fp32 tensor a parameter, shaped as its local part, or None where the forwards do not reach it.
+
+        The same on all replicas. `.grad` of every parameter is as it was.
+        """
+        ...
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Our own arithmetic and backward passes run in the dtypes that their tensors have."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,158 @@
+"""The data-parallel replicas of a model: who they are, what they agree on, what their gradients add up to.
+
+This is the edge where distributed tensors become plain ones; everything inside computes on plain tensors.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+GradientReduction: TypeAlias = Literal["mean", "sum", "none"]
+GRADIENT_REDUCTIONS: tuple[str, ...] = ("mean", "sum", "none")
+
+
+class Replicas:
+    """The ranks of one process group, or a single process where torch.distributed is not in use.
+
+    Args:
+        group: the process group over which gradients are reduced; None is the default group.
+        reduction: what the engine (DDP, FSDP2) does to gradients in `backward()`: "mean", "sum", or "none" where no
+            engine is at work and the gradients are reduced here.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, reduction: str) -> None:
+        self.group = group
+        self.reduction = reduction
+        # Even a group of one rank has an engine, whose hooks run in `.backward()` only.
+        self.has_engine = dist.is_available() and dist.is_initialized() and reduction != "none"
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Every rank's numbers, in the order of ranks; the same count of numbers on each rank."""
+        if self.size == 1:
+            return [list(numbers)]
+        own = torch.tensor(numbers, dtype=torch.int64, device=self._wire_device(device))
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.group)
+        return [theirs.tolist() for theirs in everyone]
+
+    def agree(self, error: Exception | None, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Gather numbers, or raise on all ranks when one of them has an error, so that none waits for another.
+
+        Raises:
+            The error itself on the rank that has it, RuntimeError naming that rank on the others.
+        """
+        gathered = self.gather([int(error is not None), *numbers], device)
+        if error is not None:
+            raise error
+        failed = [rank for rank, (bad, *_) in enumerate(gathered) if bad]
+        if failed:
+            raise RuntimeError(f"the curvature refresh failed on rank {failed}: its message says why")
+        return [rest for _, *rest in gathered]
+
+    def everywhere(self, verdict: bool, device: torch.device) -> bool:
+        """Whether the verdict is true on all ranks."""
+        return all(theirs == [1] for theirs in self.gather([int(verdict)], device))
+
+    def sum_gradients(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        """From what `backward()` left in `.grad` to the local part of the sum over all ranks, in at least fp32.
+
+        The tensors returned are the caller's own: they share no memory with an engine's buffers.
+        """
+        if self.size > 1 and self.reduction == "none":
+            return self._reduce(grads, params)
+        factor = self.size if self.reduction == "mean" else 1
+        return [None if g is None else _owned(localise(g, p)).mul_(factor) for g, p in zip(grads, params, strict=True)]
+
+    def check_reduced(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
+        """Raise on all ranks when the gradients of replicated parameters differ between ranks.
+
+        That is what a backward pass past the engine leaves: the bare module in place of the DDP wrapper, or
+        `no_sync()`. With noise that differs between ranks, unreduced gradients are never alike.
+        """
+        if self.size == 1 or self.reduction == "none":
+            return
+        replicated = [g for g, p in zip(grads, params, strict=True) if g is not None and not isinstance(p, DTensor)]
+        if not replicated:
+            return
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in replicated]
+        total = torch.stack(norms).sum()
+        device = self._wire_device(total.device)
+        extremes = torch.stack((total, -total)).to(device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        highest, lowest = extremes[0].item(), -extremes[1].item()
+        if highest - lowest > 1e-3 * highest:  # false for NaN, which the finite check refuses
+            raise RuntimeError(
+                "the curvature gradients differ between ranks, so no engine has reduced them: call the DDP wrapper "
+                "itself in forward (not its .module), outside no_sync(), or use optimizer.attach(model), or pass "
+                'gradient_reduction="none" to have them reduced here'
+            )
+
+    def sum_shards(self, totals: Tensor) -> Tensor:
+        """Sum over all ranks of a small tensor whose entries are already weighted by `shard_weight`."""
+        if self.size == 1:
+            return totals
+        wire = totals.to(self._wire_device(totals.device))
+        dist.all_reduce(wire, group=self.group)
+        return wire.to(totals.device)
+
+    def shard_weight(self, param: Tensor) -> float:
+        """1 / the number of ranks that hold the same part of this parameter."""
+        shards = 1
+        if isinstance(param, DTensor):
+            for dim, placement in enumerate(param.placements):
+                shards *= param.device_mesh.size(dim) if placement.is_shard() else 1
+        return shards / self.size if self.size > 1 else 1.0
+
+    def _reduce(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        device = params[0].device
+        # A parameter may have been used on some ranks only: the others contribute zero.
+        used = self.gather([int(g is not None) for g in grads], device)
+        totals: list[Tensor | None] = []
+        for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if not any(flags[index] for flags in used):
+                totals.append(None)
+                continue
+            local = _owned(localise(grad, param)) if grad is not None else _zeros(param)
+            wire = local.to(self._wire_device(device))
+            dist.all_reduce(wire, group=self.group)
+            totals.append(wire.to(device))
+        return totals
+
+    def _wire_device(self, device: torch.device) -> torch.device:
+        """Where tensors must be for this group's backend: gloo talks through the CPU, NCCL through the GPU."""
+        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def localise(tensor: Tensor, param: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharded as the parameter is."""
+    if isinstance(param, DTensor):
+        if not isinstance(tensor, DTensor):
+            raise ValueError(
+                f"got a plain tensor of shape {tuple(tensor.shape)} for a parameter that is a DTensor with placements "
+                f"{param.placements}: pass a DTensor, for example by torch.distributed.tensor.distribute_tensor"
+            )
+        return tensor.redistribute(param.device_mesh, param.placements).to_local()
+    return local(tensor)
+
+
+def _owned(grad: Tensor) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    # A view may belong to an engine's bucket, which the next backward pass overwrites.
+    return grad.to(dtype, copy=grad._is_view())
+
+
+def _zeros(param: Tensor) -> Tensor:
+    part = local(param)
+    return torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))

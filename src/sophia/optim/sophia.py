@@ -1,0 +1,545 @@
+"""The optimizers: settings, state and clock around the rule (`update`) and the estimators (`curvature`)."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, cast, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from sophia.optim import checks, update
+from sophia.optim.attach import Attachment
+from sophia.optim.clock import FIELDS, Clock
+from sophia.optim.curvature import Estimator, Forward, GaussNewtonBartlett, Hutchinson, Refresh
+from sophia.optim.reach import UNREACHED, Reach
+from sophia.optim.replicas import Replicas, local, localise
+
+_NEVER_REFRESHED = (
+    "step() without a curvature refresh would be sign-momentum, not Sophia: before the loss's backward add\n"
+    "    optimizer.refresh_curvature(lambda: {returns})\n"
+    "or, to leave the loop as it is, build the optimizer with .attach(model)"
+)
+
+
+class Sophia(Optimizer):
+    """Sophia (Liu et al. 2023, arXiv 2305.14342, Algorithm 3): clipped momentum over rarely estimated curvature.
+
+    With g the gradient and ĥ an estimate of the curvature's diagonal, taken at t = 0, k, 2k, …:
+
+        m ← β1 m + (1 − β1) g
+        h ← β2 h + (1 − β2) ĥ                    (every k steps)
+        θ ← θ − η λ θ
+        θ ← θ − η · clip(m / max(γ h, ε), ±1)    (each coordinate on its own)
+
+    Most users want :class:`SophiaG` or :class:`SophiaH`, which bring their estimator. With `estimator=None` curvature
+    comes in through :meth:`update_curvature` only.
+
+    Args:
+        params: parameters, named parameters or param groups; groups may set lr, betas, gamma, eps and weight_decay.
+        lr: η, the most that a coordinate moves in a step (decay apart); a number or a 0-D tensor.
+        betas: (β1, β2), decay of the momentum per step and of the curvature per refresh.
+        gamma: γ; right when 10-50 % of the coordinates are *not* clipped, see `stats()["clip_fraction"]`.
+        eps: ε, the least denominator.
+        weight_decay: λ, decoupled.
+        curvature_interval: k, steps from one refresh to the next. One for all groups.
+        estimator: where curvature comes from.
+        seed: of the estimator's noise; rank and step are mixed in.
+        process_group: the ranks that train replicas or shards of one model; None is torch.distributed's default group.
+        gradient_reduction: what the engine does to gradients in backward: "mean" (DDP, FSDP2), "sum" (FSDP2 after
+            `set_gradient_divide_factor(1)`), or "none" where no engine is at work and curvature gradients are reduced
+            here.
+        state_dtype: of `exp_avg` and `hessian`; None is fp32, and fp64 for fp64 parameters. It survives
+            `load_state_dict`.
+        maximize: ascend instead of descend; curvature is not flipped.
+        foreach: few launches over whole tensors (the default on CUDA) instead of cache-sized slices (elsewhere).
+        fused: one pass over memory; not available yet.
+        capturable: CUDA graphs; not available yet.
+
+    State of a parameter: `step` (updates it took part in), `exp_avg` (m) and `hessian` (h). A `hessian` of nothing but
+    negative zeros is curvature that no estimate has reached yet; such a parameter holds still.
+    """
+
+    _attachment: Attachment | None
+
+    @checks.explain_keywords
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float = 0.05,
+        eps: float = 1e-12,
+        weight_decay: float = 0.2,
+        curvature_interval: int = 10,
+        *,
+        estimator: Estimator | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_reduction: Literal["mean", "sum", "none"] = "mean",
+        state_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """Build the optimizer; see the class for the arguments."""
+        checks.check_clock(curvature_interval, seed)
+        checks.check_choices(gradient_reduction, state_dtype, estimator)
+        self._init_private(estimator, process_group, gradient_reduction, state_dtype)
+        self._new_clock: dict[str, int | float] = {
+            **FIELDS,
+            "curvature_interval": curvature_interval,
+            "seed": seed,
+        }
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "gamma": gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        checks.check_group(defaults)
+        super().__init__(params, defaults)
+
+    # ---- curvature
+
+    @property
+    def curvature_due(self) -> bool:
+        """True at t = 0, k, 2k, … until a refresh is accepted in that block of k steps; late is allowed."""
+        return self._clock.due
+
+    def refresh_curvature(
+        self,
+        forward: Callable[[], Any] | Iterable[Callable[[], Any]],
+        *,
+        rows: Tensor | Sequence[int] | None = None,
+    ) -> bool:
+        """Estimate the curvature and fold it in, if that is due; call it every step, before the loss's backward.
+
+        Leaves `.grad` and the global random generators as it found them. In a distributed run all ranks call it, with
+        the same number of forwards. Within a refresh dropout draws from generators seeded by (seed, step, rank).
+
+        Args:
+            forward: returns the logits of one micro-batch ([..., vocab], an object with `.logits`, or (logits, mask)
+                with a bool mask of shape logits.shape[:-1]) for :class:`SophiaG`, the scalar mean loss for
+                :class:`SophiaH`. An iterable of such callables gives several chunks. Call the DDP or FSDP2 module
+                itself, so that gradients are reduced.
+            rows: the global index of every batch row of all forwards in order, so that the noise does not depend on
+                which rank holds a row; None counts rows on this rank, and mixes the rank into the noise.
+
+        Returns:
+            True when an estimate was folded in; False when none was due, or when it was not finite on some rank. Such
+            a refresh is counted in `stats()["refused_refreshes"]` and stays due.
+
+        Raises:
+            ValueError: the forward's result does not fit the estimator, or no prediction counts on any rank.
+            RuntimeError: another rank failed, or no engine reduced the gradients. Raised on all ranks.
+        """
+        if not self.curvature_due:
+            return False
+        return self._refresh(self._required_estimator(), forward, rows, self._replicas())
+
+    def update_curvature(self, estimates: Sequence[Tensor | None]) -> bool:
+        """Fold estimates of the curvature's diagonal in, due or not: h ← β2 h + (1 − β2) ĥ. Counts as a refresh.
+
+        Args:
+            estimates: one tensor of the parameter's shape, or None, per parameter in the order of the groups; for a
+                DTensor parameter a DTensor. The same on all replicas.
+
+        Returns:
+            False, with nothing changed, when an estimate is not finite on some rank; it is counted as refused.
+
+        Raises:
+            ValueError: their number, a shape or a dtype does not fit the parameters.
+        """
+        params = self._parameters()
+        checks.check_estimates(estimates, params)
+        with torch.no_grad():
+            parts = [None if e is None else localise(e, p) for e, p in zip(estimates, params, strict=True)]
+            return self._fold(parts, params, self._replicas())
+
+    def attach(
+        self,
+        model: nn.Module,
+        logits: Callable[[Any], Any] | None = None,
+        mask: Callable[..., Tensor] | None = None,
+        max_batch: int = 8,
+    ) -> "Sophia":
+        """Refresh inside `step()` from the inputs of the model's last training forward; the loop stays AdamW's.
+
+        Args:
+            model: the module that the loop calls: the DDP or FSDP2 module, or a bare one, whose curvature gradients
+                are then reduced here. Buffers (BatchNorm's statistics) and random generators are restored after it.
+            logits: from the model's output to its logits (SophiaG) or mean loss (SophiaH); None where the output is
+                that, or has it as `.logits` or `.loss`.
+            mask: from the model's inputs, sliced to `max_batch` rows, to a bool mask of shape logits.shape[:-1]. None
+                takes `labels` among the inputs: −100 does not count.
+            max_batch: rows of the batch, per rank, that the estimate is made from.
+
+        Returns:
+            The optimizer, so that `SophiaG(model.parameters()).attach(model)` is one line.
+
+        Raises:
+            ValueError: the model has none of the parameters, or max_batch is less than 1.
+            RuntimeError: attached already, or there is no estimator.
+        """
+        self._required_estimator()
+        if self._attachment is not None:
+            raise RuntimeError("this optimizer is attached to a model already: call detach() first")
+        checks.check_attach(model, self._parameters(), logits=logits, mask=mask, max_batch=max_batch)
+        if mask is not None and self._wants_loss():
+            raise ValueError("attach(mask=...) has no meaning for Hutchinson, whose forward gives a loss: leave it out")
+        self._attachment = Attachment(model, lambda: self.curvature_due, logits=logits, mask=mask, max_batch=max_batch)
+        return self
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`. Without effect on an optimizer that is not attached."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    # ---- step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step from the gradients in `.grad`. Inspects no value: nothing waits for the device.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: no refresh was ever attempted (with every lr 0 it only creates state, which is how
+                distributed checkpoints load), a gradient is sparse, or the path asked for cannot run.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        foreach = [checks.resolve_foreach(group) for group in self.param_groups]
+        checks.check_gradients(self._parameters())
+        if self._attachment is not None:
+            self._refresh_attached(self._attachment)
+        if not self._clock.attempted:
+            if all(float(group["lr"]) == 0 for group in self.param_groups):
+                self._create_state()
+                return loss
+            raise RuntimeError(self._never_refreshed())
+        for group, whole in zip(self.param_groups, foreach, strict=True):
+            self._step_group(group, foreach=whole)
+        self._clock.tick()
+        self._reach.warn(self._clock, self._named_parameters)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], *, foreach: bool) -> None:
+        beta1, _ = group["betas"]
+        moving: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        holding: list[tuple[Tensor, Tensor]] = []
+        steps: list[Tensor] = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self._state(p)
+            grad, exp_avg = localise(p.grad, p), local(state["exp_avg"])
+            steps.append(state["step"])
+            if p not in self._reach:
+                holding.append((grad, exp_avg))
+            else:
+                moving.append((local(p), grad, exp_avg, local(state["hessian"])))
+        if steps:
+            torch._foreach_add_(steps, 1)
+        if holding:
+            grads, exp_avgs = (list(tensors) for tensors in zip(*holding, strict=True))
+            update.accumulate_momentum(grads, exp_avgs, beta1=beta1, maximize=group["maximize"], scratch=self._scratch)
+        if moving:
+            params, grads, exp_avgs, hessians = (list(tensors) for tensors in zip(*moving, strict=True))
+            update.sophia(
+                params,
+                grads,
+                exp_avgs,
+                hessians,
+                lr=group["lr"],
+                beta1=beta1,
+                gamma=group["gamma"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                foreach=foreach,
+                scratch=self._scratch,
+            )
+
+    # ---- stats
+
+    @torch.no_grad()
+    def stats(self, reduce: bool = False) -> dict[str, Tensor]:
+        """What the optimizer is doing, as 0-D tensors on the parameters' device, without waiting for it.
+
+        Args:
+            reduce: sum over the shards of all ranks (a collective call); else this rank's part.
+
+        Returns:
+            clip_fraction: coordinates with |m| > max(γ h, ε), as a fraction of those whose curvature is known.
+            momentum_norm, curvature_norm: Euclidean norms of m and h.
+            curvature_age: steps since the last accepted refresh.
+            refused_refreshes: refreshes refused because an estimate was not finite.
+        """
+        replicas = self._replicas()
+        device = local(self._parameters()[0]).device
+        totals = torch.zeros(4, dtype=torch.float32, device=device)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self._reach or p not in self.state:
+                    continue
+                exp_avg, hessian = local(self.state[p]["exp_avg"]), local(self.state[p]["hessian"])
+                sums = update.statistics(
+                    exp_avg, hessian, gamma=group["gamma"], eps=group["eps"], scratch=self._scratch
+                )
+                totals += sums.to(device, non_blocking=True) * (replicas.shard_weight(p) if reduce else 1.0)
+        if reduce:
+            totals = replicas.sum_shards(totals)
+        clipped, coordinates, momentum, curvature = totals.unbind()
+        return {
+            "clip_fraction": clipped / coordinates.clamp_min(1),
+            "momentum_norm": momentum.sqrt(),
+            "curvature_norm": curvature.sqrt(),
+            "curvature_age": torch.tensor(float(self._clock.age), device=device),
+            "refused_refreshes": torch.tensor(float(self._clock.refused), device=device),
+        }
+
+    # ---- groups, state and copies
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch's optimizers do; its parameters hold still until the next refresh reaches them."""
+        if isinstance(param_group, dict):
+            checks.check_group_keys(param_group, self.defaults)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            checks.check_group(group)
+            checks.check_parameters(group["params"])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        time = self.param_groups[0] if len(self.param_groups) > 1 else self._new_clock
+        group.update({name: time[name] for name in FIELDS})
+        self._reach.add(group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, on any device; m and h take this optimizer's state dtype, not the parameters'.
+
+        Settings that an older state dict lacks take this optimizer's values, and state that is missing starts anew.
+        """
+        seen: dict[str, Any] = {}
+        own = [{**group} for group in self.param_groups]
+        # Ours runs after the user's pre-hooks and before the user's post-hooks, around torch's cast to the parameters'
+        # dtype, which would round fp32 curvature to bf16.
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.update(loaded))
+        after = self.register_load_state_dict_post_hook(lambda _: self._adopt(seen, own), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _adopt(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
+        saved = [index for group in loaded["param_groups"] for index in group["params"]]
+        for index, p in zip(saved, self._parameters(), strict=True):
+            for name, value in loaded["state"].get(index, {}).items():
+                if name in ("exp_avg", "hessian"):
+                    self.state[p][name] = value.to(device=p.device, dtype=self._dtype_of_state(p), copy=True)
+                elif name == "step":  # its own copy: it is counted in place
+                    self.state[p][name] = torch.tensor(float(value), dtype=torch.float32)
+        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
+        for group, before in zip(self.param_groups, own, strict=True):
+            if "clock" not in group:  # from another optimizer, or another Sophia: its steps are ours, no refresh is
+                group.update({**FIELDS, "clock": int(max(steps, default=0))})
+                group.update(curvature_interval=before["curvature_interval"], seed=before["seed"])
+            for name, value in before.items():
+                group.setdefault(name, value)
+        self._complete_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the attachment: a copied or unpickled optimizer is unattached."""
+        return {
+            **super().__getstate__(),
+            "_estimator": self._estimator,
+            "_process_group": self._process_group,
+            "_gradient_reduction": self._gradient_reduction,
+            "_state_dtype": self._state_dtype,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, a copy, or (by torch's load_state_dict) a state dict."""
+        super().__setstate__(state)
+        if "_scratch" not in self.__dict__:  # unpickled or copied
+            for group in self.param_groups:
+                for name, value in (*self.defaults.items(), *FIELDS.items()):
+                    group.setdefault(name, value)
+            self._init_private(self._estimator, self._process_group, self._gradient_reduction, self._state_dtype)
+            self._complete_state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sophia":
+        """Copy parameters and state; the process group is a connection, which the copy shares."""
+        memo[id(self._process_group)] = self._process_group
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def _init_private(
+        self,
+        estimator: Estimator | None,
+        process_group: dist.ProcessGroup | None,
+        gradient_reduction: str,
+        state_dtype: torch.dtype | None,
+    ) -> None:
+        self._estimator = estimator
+        self._process_group = process_group
+        self._gradient_reduction = gradient_reduction
+        self._state_dtype = state_dtype
+        self._attachment = None
+        self._scratch = update.Scratch()
+        self._reach = Reach()
+
+    def _state(self, p: Tensor) -> dict[str, Any]:
+        state = cast(dict[str, Any], self.state[p])
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        dtype = self._dtype_of_state(p)
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if "hessian" not in state:
+            state["hessian"] = torch.full_like(p, UNREACHED, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _create_state(self) -> None:
+        for p in self._parameters():
+            if p.grad is not None:
+                self._state(p)
+
+    def _complete_state(self) -> None:
+        """After loading: start what is missing anew, and read from the curvature what was never reached."""
+        for p in self._parameters():
+            if self.state.get(p):
+                self._state(p)
+        self._reach.restore((p, self.state[p]["hessian"] if p in self.state else None) for p in self._parameters())
+
+    # ---- private
+
+    @property
+    def _clock(self) -> Clock:
+        return Clock(self.param_groups)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _dtype_of_state(self, p: Tensor) -> torch.dtype:
+        return self._state_dtype or torch.promote_types(p.dtype, torch.float32)
+
+    def _replicas(self) -> Replicas:
+        return Replicas(self._process_group, self._gradient_reduction)
+
+    def _required_estimator(self) -> Estimator:
+        if self._estimator is None:
+            raise RuntimeError(
+                "this optimizer has no estimator: build it with estimator=sophia.curvature.GaussNewtonBartlett(), use "
+                "SophiaG or SophiaH, or hand curvature to update_curvature()"
+            )
+        return self._estimator
+
+    def _refresh(
+        self, estimator: Estimator, forward: Any, rows: Tensor | Sequence[int] | None, replicas: Replicas
+    ) -> bool:
+        params = self._parameters()
+        forwards: list[Forward] = []
+        numbers, error = None, None
+        try:
+            forwards = checks.checked_forwards(forward)
+            numbers = checks.checked_rows(rows)
+        except ValueError as problem:
+            error = problem
+        counts = replicas.agree(error, [len(forwards)], local(params[0]).device)
+        if len({count for (count,) in counts}) > 1:
+            raise ValueError(
+                f"the ranks came with {[count for (count,) in counts]} forwards: each rank needs the same number, "
+                "if need be with a mask that counts nothing"
+            )
+        refresh = Refresh(
+            seed=self._clock.seed,
+            step=self._clock.time,
+            scale=self._clock.scale,
+            replicas=replicas,
+            rows=numbers,
+        )
+        estimates = estimator.estimate(forwards, params, refresh)
+        with torch.no_grad():
+            return self._fold(estimates, params, replicas)
+
+    def _refresh_attached(self, attachment: Attachment) -> None:
+        replicas = self._replicas()
+        device = local(self._parameters()[0]).device
+        if not self.curvature_due or not replicas.everywhere(attachment.has_inputs, device):
+            return
+        if not attachment.engine_reduces:
+            replicas = Replicas(self._process_group, "none")
+        estimator, parts = self._required_estimator(), 1
+        if isinstance(estimator, GaussNewtonBartlett):  # slices of the inputs are cheaper chunks than masks
+            estimator, parts = dataclasses.replace(estimator, chunks=1), estimator.chunks
+        with attachment.replay(parts, with_mask=not self._wants_loss()) as forwards:
+            self._refresh(estimator, forwards, None, replicas)
+
+    def _fold(self, estimates: Sequence[Tensor | None], params: Sequence[Tensor], replicas: Replicas) -> bool:
+        """Fold local estimates in, unless one is not finite on some rank."""
+        device = local(params[0]).device
+        if not replicas.everywhere(checks.all_finite(estimates), device):
+            self._clock.refuse()
+            return False
+        reached = {p: e for p, e in zip(params, estimates, strict=True) if e is not None}
+        for group in self.param_groups:
+            pairs = []
+            for p in group["params"]:
+                if p not in reached:
+                    continue
+                hessian = local(self._state(p)["hessian"])
+                if p not in self._reach:
+                    hessian.zero_()  # from the mark of unreached curvature to plain zeros
+                pairs.append((hessian, reached[p].to(hessian.device)))
+            hessians, parts = [h for h, _ in pairs], [e for _, e in pairs]
+            update.fold_curvature(hessians, parts, beta2=group["betas"][1], scratch=self._scratch)
+        self._reach.update(reached)
+        self._clock.accept()
+        return True
+
+    def _never_refreshed(self) -> str:
+        if self._attachment is not None:
+            return (
+                "attached, but no training forward of the attached model was seen before step(): attach() the module "
+                "that the loop calls (the DDP wrapper, the compiled module), in training mode, before its forward"
+            )
+        returns = "F.cross_entropy(model(inputs), targets)" if self._wants_loss() else "model(inputs)"
+        return _NEVER_REFRESHED.format(returns=returns)
+
+    def _wants_loss(self) -> bool:
+        return isinstance(self._estimator, Hutchinson)
+
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        names: dict[Tensor, str] = {}
+        if self._attachment is not None:
+            names = {p: name for name, p in self._attachment.model.named_parameters()}
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                given = group["param_names"][index] if "param_names" in group else None
+                place = f"parameter {index} of group {number}, shape {tuple(p.shape)}"
+                yield given or names.get(p) or place, p
