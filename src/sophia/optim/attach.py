@@ -5,17 +5,17 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
+from sophia.optim.inputs import Arguments, batch_size, sliced
 
-Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
 
 
 class Attachment:
@@ -44,9 +44,11 @@ class Attachment:
         self._mask = mask
         self._max_batch = max_batch
         self._arguments: Arguments | None = None
+        self._rows = 0
         self._autocast: list[tuple[str, torch.dtype, bool]] = []
         self._replaying = False
-        self._handle = model.register_forward_pre_hook(_Tap(self), with_kwargs=True)
+        # In front of the user's own pre-hooks: these may change the inputs, and will do so again when replayed.
+        self._handle = model.register_forward_pre_hook(_Tap(self), prepend=True, with_kwargs=True)
 
     @property
     def engine_reduces(self) -> bool:
@@ -64,9 +66,8 @@ class Attachment:
         """Called before each forward of the model: keep a copy of a slice of the inputs, if a refresh is due."""
         if self._replaying or not self.model.training or not torch.is_grad_enabled() or not self._wanted():
             return
-        rows = _batch_size(args, kwargs)
-        kept = slice(0, min(rows, self._max_batch))
-        self._arguments = _sliced((args, kwargs), kept)
+        self._rows = min(batch_size(args, kwargs), self._max_batch)
+        self._arguments = sliced((args, kwargs), slice(0, self._rows))
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted({"cpu", *(p.device.type for p in self.model.parameters())})
@@ -83,20 +84,16 @@ class Attachment:
         """
         assert self._arguments is not None
         arguments, self._arguments = self._arguments, None
-        rows = _batch_size(*arguments)
-        edges = [rows * part // parts for part in range(parts + 1)]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        edges = [self._rows * part // parts for part in range(parts + 1)]
         self._replaying = True
         try:
-            yield [
-                functools.partial(self._forward, arguments, first, end, with_mask=with_mask)
-                for first, end in itertools.pairwise(edges)
-            ]
+            with _buffers_restored(self.model):
+                yield [
+                    functools.partial(self._forward, arguments, first, end, with_mask=with_mask)
+                    for first, end in itertools.pairwise(edges)
+                ]
         finally:
             self._replaying = False
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
     def detach(self) -> None:
         """Stop watching the model."""
@@ -105,21 +102,24 @@ class Attachment:
 
     def _forward(self, arguments: Arguments, first: int, end: int, *, with_mask: bool) -> Any:
         # A rank with fewer rows than parts still takes part in every forward: with a row that does not count.
-        args, kwargs = arguments = _sliced(arguments, slice(first, max(end, first + 1)))
+        args, kwargs = arguments = sliced(arguments, slice(first, max(end, first + 1)))
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled and with_mask))
             output = self.model(*args, **kwargs)
         result = output if self._logits is None else self._logits(output)
         if not with_mask:
-            return result
-        mask = self._mask(*args, **kwargs) if self._mask is not None else self._label_mask(args, kwargs, result)
+            return _read_loss(result)
+        logits, mask = _read_logits(result)
         if end == first:
-            logits = getattr(result, "logits", result)
             mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        return result if mask is None else (result, mask)
+        elif self._mask is not None:
+            mask = self._mask(*args, **kwargs)
+        elif mask is None:
+            mask = self._label_mask(args, kwargs, logits)
+        return logits if mask is None else (logits, mask)
 
-    def _label_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Tensor | None:
+    def _label_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
         """From `labels` among the inputs: a prediction counts where its label is not −100."""
         inner = _inner(self.model)
         try:
@@ -127,8 +127,7 @@ class Attachment:
         except TypeError:
             labels = None
         labels = kwargs.get("labels", labels)
-        logits = getattr(result, "logits", result)
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or not isinstance(logits, Tensor):
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
@@ -145,19 +144,80 @@ class _Tap:
     """The forward hook. Copies and pickles of a model carry an inert one: only the original feeds the optimizer."""
 
     def __init__(self, attachment: Attachment | None) -> None:
-        self._attachment = (lambda: None) if attachment is None else weakref.ref(attachment)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # inside a compiled model the hook stays eager: it reads the optimizer's clock
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attachment = self._attachment()
+        self._remember: Callable[..., None] | None = None
         if attachment is not None:
-            attachment.remember(args, kwargs)
+            owner = weakref.ref(attachment)
+
+            def remember(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                attachment = owner()
+                if attachment is not None:
+                    attachment.remember(args, kwargs)
+
+            # Not a decorator: importing this module must not load the compiler.
+            self._remember = torch.compiler.disable(  # type: ignore[no-untyped-call]
+                remember,
+                reason="Sophia's attach() reads the optimizer's clock before each forward: with fullgraph=True give "
+                "attach() the module that torch.compile returned, whose hooks run outside the graph",
+            )
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._remember is not None:
+            self._remember(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
         return _Tap(None)
 
     def __reduce__(self) -> tuple[type["_Tap"], tuple[None]]:
         return _Tap, (None,)
+
+
+@contextlib.contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    """At the end buffers are as before: those that a forward changed in place, and those that it replaced."""
+    kept = [
+        (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, buffer, before in kept:
+            if buffer is not None and before is not None:
+                buffer.data.copy_(before)  # `.data`: a graph that the caller still holds stays valid
+            if holder.get(name) is not buffer:
+                holder[name] = buffer
+
+
+def _read_loss(result: Any) -> Tensor:
+    loss = getattr(result, "loss", result)
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    raise ValueError(
+        f"the attached model gave {_described(loss)}, but Hutchinson needs the scalar mean loss: let the model return "
+        "it, or an object with .loss, or pass attach(model, logits=...), a function from the model's output to the loss"
+    )
+
+
+def _read_logits(result: Any) -> tuple[Tensor, Tensor | None]:
+    """Logits and, where the model gives one, their mask."""
+    logits, mask = getattr(result, "logits", result), None
+    if isinstance(logits, tuple) and len(logits) == 2 and getattr(logits[1], "dtype", None) == torch.bool:
+        logits, mask = logits
+    if isinstance(logits, Tensor):
+        return logits, mask
+    raise ValueError(
+        f"the attached model gave {_described(logits)}, not logits or an object with .logits: pass "
+        "attach(model, logits=...), a function from the model's output to its logits"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of ({', '.join(map(_described, value))})"
+    return f"a {type(value).__name__}"
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -176,51 +236,3 @@ def _inner(model: nn.Module) -> nn.Module:
 def _shifts_labels(model: nn.Module) -> bool:
     """Whether the model compares position t with label t + 1: the convention of transformers' causal models."""
     return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists and mappings, with a name for each; anything opaque is refused."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}[{key!r}]" if name else str(key))
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{index}]" if name else f"input {index}")
-    elif not (value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))):
-        raise ValueError(
-            f"{name} of the model is a {type(value).__name__}, which attach() cannot slice along the batch: "
-            "call optimizer.refresh_curvature(forward) yourself in this loop"
-        )
-
-
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    found = [(name, t) for name, t in (*_tensors(tuple(args), ""), *_tensors(kwargs, "")) if t.dim() > 0]
-    if not found:
-        raise ValueError(
-            "the model was called without a tensor input that has a batch dimension, so attach() has nothing to slice: "
-            "call optimizer.refresh_curvature(forward) yourself in this loop"
-        )
-    rows = found[0][1].shape[0]
-    for name, tensor in found:
-        if tensor.shape[0] != rows:
-            raise ValueError(
-                f"{name} of the model has shape {tuple(tensor.shape)} and {found[0][0]} {tuple(found[0][1].shape)}: "
-                "attach() slices all inputs along their first dimension, the batch, which must have one size; "
-                "call optimizer.refresh_curvature(forward) yourself in this loop"
-            )
-    return rows
-
-
-def _sliced(value: Any, part: slice) -> Any:
-    """The value with every tensor replaced by a detached copy of its rows `part`."""
-    if isinstance(value, Tensor):
-        return value.detach()[part].clone() if value.dim() > 0 else value
-    if isinstance(value, Mapping):
-        return {key: _sliced(item, part) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_sliced(item, part) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_sliced(item, part) for item in value)
-    return value

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sophia.optim import fsdp
+
 
 @contextlib.contextmanager
 def isolated_gradients(params: Sequence[Tensor], output: Tensor) -> Iterator[None]:
@@ -18,7 +20,8 @@ def isolated_gradients(params: Sequence[Tensor], output: Tensor) -> Iterator[Non
     for leaf, _ in kept:
         leaf.grad = None
     try:
-        yield
+        with fsdp.unreduced_set_aside(params):
+            yield
     finally:
         for leaf, grad in kept:
             leaf.grad = grad

@@ -50,8 +50,8 @@ class Reach:
                 shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
                 warnings.warn(
                     f"{len(held)} parameters have gradients, but the curvature refresh did not reach them, so they "
-                    f"hold still until one does: {shown}. Let the refresh's forward() use them, or give them to another "
-                    "optimizer",
+                    f"hold still until one does: {shown}. Let the refresh's forward() use them, or give them to "
+                    "another optimizer",
                     stacklevel=5,
                 )
         if clock.age > _STALE_INTERVALS * clock.interval and "stale" not in self._warned:

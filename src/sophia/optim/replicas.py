@@ -71,23 +71,31 @@ class Replicas:
         return [None if g is None else _owned(localise(g, p)).mul_(factor) for g, p in zip(grads, params, strict=True)]
 
     def check_reduced(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        """Raise on all ranks when the gradients of replicated parameters differ between ranks.
+        """Raise on all ranks when no engine has reduced the gradients.
 
-        That is what a backward pass past the engine leaves: the bare module in place of the DDP wrapper, or
-        `no_sync()`. With noise that differs between ranks, unreduced gradients are never alike.
+        That is what a backward pass past the engine leaves: the bare module in place of the DDP wrapper, `no_sync()`,
+        or FSDP2 after `set_requires_gradient_sync(False)`. With noise that differs between ranks, unreduced gradients
+        of replicated parameters are never alike; sharded parameters get none at all.
         """
         if self.size == 1 or self.reduction == "none":
             return
-        replicated = [g for g, p in zip(grads, params, strict=True) if g is not None and not isinstance(p, DTensor)]
-        if not replicated:
-            return
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in replicated]
-        total = torch.stack(norms).sum()
-        device = self._wire_device(total.device)
-        extremes = torch.stack((total, -total)).to(device)
+        # Parameter by parameter: the sums of all norms may happen to agree. The last entry counts gradients.
+        norms = torch.zeros(len(params) + 1, dtype=torch.float64, device=local(params[0]).device)
+        for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if grad is not None:
+                norms[-1] += 1
+                if not isinstance(param, DTensor):
+                    norms[index] = torch.linalg.vector_norm(grad, dtype=torch.float64)
+        extremes = torch.stack((norms, -norms)).to(self._wire_device(norms.device))
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        highest, lowest = extremes[0].item(), -extremes[1].item()
-        if highest - lowest > 1e-3 * highest:  # false for NaN, which the finite check refuses
+        highest, lowest = extremes[0].cpu(), -extremes[1].cpu()
+        if lowest[-1] == 0:
+            raise RuntimeError(
+                "the backward pass of the curvature refresh has left no gradient on any parameter of this optimizer: "
+                "under FSDP2 call refresh_curvature() where set_requires_gradient_sync is True, for example before the "
+                "first micro-batch; else let forward() use parameters of this optimizer"
+            )
+        if (highest - lowest > 1e-3 * highest).any():  # false for NaN, which the finite check refuses
             raise RuntimeError(
                 "the curvature gradients differ between ranks, so no engine has reduced them: call the DDP wrapper "
                 "itself in forward (not its .module), outside no_sync(), or use optimizer.attach(model), or pass "

@@ -26,8 +26,8 @@ _NO_SECOND_DERIVATIVE = (
 )
 _LOSS_SCALE = 2.0**10  # on a mean loss; with Refresh.scale on top
 # Central differences err by O(δ²) from the third derivative and by O(ε/δ) from rounding: the cube root of the machine
-# epsilon balances them, relative to the size of a typical parameter.
-_RELATIVE_STEP = 2.0**-7
+# epsilon (2^-8), a little less by measurement, balances them, relative to the size of a typical parameter.
+_RELATIVE_STEP = 2.0**-9
 
 
 class _NoSecondDerivative(RuntimeError):
@@ -46,8 +46,8 @@ class Hutchinson:
     product: Literal["auto", "double_backward", "finite_difference"] = "auto"
     """How H u is computed. "double_backward" is exact; attention runs in its "math" form, as the fast kernels have no
     second derivative. "finite_difference" takes two gradients at θ ± δu in fp32 with autocast off and restores the
-    parameters bit for bit; it works with any kernel, in compiled models, and is the only form under DDP and FSDP2: their
-    hooks see plain backward passes only. "auto" is the first where it works, else the second."""
+    parameters bit for bit; it works with any kernel and in compiled models, and is the only form under DDP and FSDP2,
+    whose hooks see plain backward passes only. "auto" is the first where it works, else the second."""
 
     def __post_init__(self) -> None:
         """Refuse unknown settings."""
@@ -118,30 +118,43 @@ def _double_backward(
     for index, forward in enumerate(forwards):
         with sdpa_kernel(SDPBackend.MATH):
             loss = _loss(forward, index, theta, refresh)
-        with torch.enable_grad(), without_autocast(theta[0].device):
-            # autograd.grad and locals only: `.backward(create_graph=True)` would tie every parameter into a cycle
-            # with its own gradient, and leak.
-            try:
-                grads = torch.autograd.grad(loss * scale, theta, create_graph=True, allow_unused=True)
-                dots = [
-                    (g.to(d.dtype) * d).sum().to(loss.device) for g, d in zip(grads, u, strict=True) if g is not None
-                ]
-                slope = torch.stack(dots).sum() if dots else torch.zeros(())
-                curved = slope.requires_grad  # a loss linear in the parameters is not
-                hu = torch.autograd.grad(slope, theta, allow_unused=True) if curved else [None] * len(theta)
-            except RuntimeError as problem:
-                if any(sign in str(problem) for sign in _NO_SECOND_DERIVATIVE):
-                    raise _NoSecondDerivative(str(problem).splitlines()[0]) from problem
-                raise
-        for place, (grad, product) in enumerate(zip(grads, hu, strict=True)):
-            if grad is None:
-                continue
-            part = torch.zeros_like(u[place]) if product is None else product.detach().to(u[place].dtype)
+        for place, product in enumerate(_product_of_one(loss, theta, u, scale)):
             known = sums[place]
-            sums[place] = part if known is None else known.add_(part)
-    totals = refresh.replicas.sum_gradients(sums, theta) if refresh.replicas.reduction == "none" else sums
-    size = refresh.replicas.size if refresh.replicas.reduction == "none" else 1
-    return [None if s is None else s.div_(scale * len(forwards) * size) for s in totals]
+            if product is not None:
+                sums[place] = product if known is None else known.add_(product)
+    count = scale * len(forwards)
+    if refresh.replicas.reduction == "none":
+        sums = refresh.replicas.sum_gradients(sums, theta)
+        count *= refresh.replicas.size
+    return [None if s is None else s.div_(count) for s in sums]
+
+
+def _product_of_one(loss: Tensor, theta: list[Tensor], u: list[Tensor], scale: float) -> list[Tensor | None]:
+    """scale · H u of one loss; None for parameters that the loss does not use."""
+    with torch.enable_grad(), without_autocast(loss.device):
+        # A factor that requires a gradient: so every operation's backward is told that a second one will follow, and
+        # those that cannot have one (once_differentiable) say so instead of silently counting as linear.
+        factor = torch.full_like(loss, scale, requires_grad=True)
+        try:
+            # autograd.grad and locals: `.backward(create_graph=True)` would tie every parameter into a cycle with its
+            # own gradient, and leak.
+            grads = torch.autograd.grad(loss * factor, theta, create_graph=True, allow_unused=True)
+            dots = [(g.to(d.dtype) * d).sum().to(loss.device) for g, d in zip(grads, u, strict=True) if g is not None]
+            if not dots:
+                return [None] * len(theta)
+            slope = torch.stack(dots).sum()
+            with isolated_gradients(theta, slope):
+                # A whole backward pass: `autograd.grad` would go around operations that only raise when they are run.
+                torch.autograd.backward(slope)
+                products = [p.grad for p in theta]
+        except RuntimeError as problem:
+            if any(sign in str(problem) for sign in _NO_SECOND_DERIVATIVE):
+                raise _NoSecondDerivative(str(problem).splitlines()[0]) from problem
+            raise
+    return [
+        None if g is None else torch.zeros_like(d) if product is None else product.to(d.dtype)
+        for g, d, product in zip(grads, u, products, strict=True)
+    ]
 
 
 def _finite_difference(
