@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel-test clean
 
 demo: $(READY)
 	$(BIN)/sophia demo
@@ -27,5 +27,14 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
+# The wheel as a user gets it: in an environment of its own, with torch and nothing else of ours.
+wheel-test: $(READY)
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet '$(TORCH)' dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/python -W error ../tests/wheel.py
+	rm -rf $(VENV)-wheel
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(VENV)-wheel dist demo-out

@@ -1,11 +1,13 @@
 """Gauss-Newton-Bartlett against the exact Gauss-Newton diagonal."""
 
 import functools
+import inspect
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sophia import SophiaG
 from sophia.curvature import GaussNewtonBartlett
 from sophia.optim.curvature.likelihood import sample_categorical
 from tests import exact
@@ -64,12 +66,24 @@ def test_chunks_divide_the_variance(chunks):
     assert error < whole
 
 
-def test_slices_as_forwards_are_chunks():
+def test_trap_5_every_micro_batch_counts():
+    """Slices as forwards are chunks: all of them are in the estimate, and N is the count of them all."""
     model, tokens, _, truth = categorical()
     slices = [functools.partial(model, part) for part in tokens.split(2)]
     drawn = exact.samples(GaussNewtonBartlett(), slices, model, 700)
     exact.assert_unbiased(drawn, truth, model)
     assert exact.relative_squared_error(drawn, truth) < 2 / 4 + 0.7
+
+
+@pytest.mark.parametrize("rows", [3, 8])
+def test_trap_2_the_batch_factor_belongs_to_the_estimate(rows):
+    """The expectation is the curvature of the mean loss for any batch size, and step() asks for none."""
+    model, tokens, _, _ = categorical()
+    part = tokens[:rows]
+    truth = exact.exact_gauss_newton(model, part, exact.categorical_hessian)
+    drawn = exact.samples(GaussNewtonBartlett(), [lambda: model(part)], model, 2 * SAMPLES)
+    exact.assert_unbiased(drawn, truth, model)
+    assert list(inspect.signature(SophiaG.step).parameters) == ["self", "closure"]
 
 
 def test_random_signs_have_less_variance_than_labels():

@@ -34,6 +34,7 @@ def strided(x):
     return view
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LAYOUTS = [contiguous, transposed, channels_last, strided]
 SHAPES = [(3, 5), (64, 33), (1, 1), (0, 4)]
 SETTINGS = [
@@ -59,19 +60,19 @@ def draw(shape, dtype, seed):
     return theta, grads, estimates
 
 
-def run(theta, grads, estimates, layout=contiguous, grad_layout=contiguous, **settings):
-    p = torch.nn.Parameter(layout(theta.clone()))
+def run(theta, grads, estimates, layout=contiguous, grad_layout=contiguous, device="cpu", **settings):
+    p = torch.nn.Parameter(layout(theta.clone()).to(device))
     optimizer = Sophia([p], **settings)
     for grad, estimate in zip(grads, estimates, strict=True):
         if estimate is not None:
-            assert optimizer.update_curvature([estimate])
-        p.grad = grad_layout(grad.clone())
+            assert optimizer.update_curvature([estimate.to(device)])
+        p.grad = grad_layout(grad.clone()).to(device)
         optimizer.step()
     return p.detach(), optimizer
 
 
 def compare(result, reference, dtype):
-    error = (result.double() - reference).abs().max().item() if result.numel() else 0.0
+    error = (result.cpu().double() - reference).abs().max().item() if result.numel() else 0.0
     scale = max(1.0, reference.abs().max().item() if result.numel() else 1.0)
     assert error <= TOLERANCE[dtype] * scale, f"error {error:.3g} at {dtype}"
 
@@ -80,10 +81,11 @@ def compare(result, reference, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_paths_agree_with_the_reference(foreach, dtype, shape, settings):
+@pytest.mark.parametrize("device", DEVICES)
+def test_paths_agree_with_the_reference(device, foreach, dtype, shape, settings):
     theta, grads, estimates = draw(shape, dtype, seed=1)
     settings = {"lr": 0.05, **settings}
-    result, optimizer = run(theta, grads, estimates, foreach=foreach, **settings)
+    result, optimizer = run(theta, grads, estimates, device=device, foreach=foreach, **settings)
     expected, m, h = reference_sophia(theta, grads, estimates, **settings)
     compare(result, expected, dtype)
     state = next(iter(optimizer.state.values()))

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sophia.optim.inputs import Arguments, batch_size, sliced
+from sophia.optim.dtensor import is_dtensor
+from sophia.optim.inputs import Arguments, batch_size, sliced, widened
 
 IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
 
@@ -54,7 +54,7 @@ class Attachment:
     def engine_reduces(self) -> bool:
         """Whether a backward pass through the model reduces its gradients: a DDP wrapper, or FSDP2's DTensors."""
         return isinstance(_uncompiled(self.model), DistributedDataParallel) or any(
-            isinstance(p, DTensor) for p in self.model.parameters()
+            is_dtensor(p) for p in self.model.parameters()
         )
 
     @property
@@ -102,12 +102,14 @@ class Attachment:
 
     def _forward(self, arguments: Arguments, first: int, end: int, *, with_mask: bool) -> Any:
         # A rank with fewer rows than parts still takes part in every forward: with a row that does not count.
-        args, kwargs = arguments = sliced(arguments, slice(first, max(end, first + 1)))
+        args, kwargs = sliced(arguments, slice(first, max(end, first + 1)))
+        if not with_mask and any(enabled for _, _, enabled in self._autocast):
+            args, kwargs = widened((args, kwargs))
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled and with_mask))
             output = self.model(*args, **kwargs)
-        result = output if self._logits is None else self._logits(output)
+            result = output if self._logits is None else self._logits(output)
         if not with_mask:
             return _read_loss(result)
         logits, mask = _read_logits(result)

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from sophia.optim.clock import FIELDS
 from sophia.optim.replicas import GRADIENT_REDUCTIONS
@@ -132,6 +133,19 @@ def check_group_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if name in _FOREIGN or (near and not name.startswith(near[0])):
             raise ValueError(f"a param group has no setting {name!r}: {_hint(name, known)}")
+
+
+def checked_params(params: ParamsT) -> ParamsT:
+    """The parameters as a list where they come from an iterator, which may be found empty."""
+    if isinstance(params, Tensor):
+        return params  # torch says what is wrong with that
+    listed = list(params)
+    if not listed:
+        raise ValueError(
+            "the list of parameters is empty: pass model.parameters(), of a model that has some, and anew for each "
+            "optimizer (a generator gives its items once)"
+        )
+    return listed  # type: ignore[return-value]
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

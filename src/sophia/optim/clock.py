@@ -18,6 +18,11 @@ FIELDS: dict[str, int | float] = {
 }
 
 
+# Low enough for fp16 gradients of the sum over many thousand predictions, high enough that they do not underflow to
+# zero: zero curvature is accepted, and means sign-momentum.
+_LEAST_SCALE = 2.0**-8
+
+
 class Clock:
     """A view of the time fields of an optimizer's param groups."""
 
@@ -76,7 +81,7 @@ class Clock:
 
     def refuse(self) -> None:
         """Count a refused refresh: it stays due, and is tried again at a lower scale."""
-        self._set(refused_refreshes=self.refused + 1, curvature_scale=max(2.0**-24, self.scale / 16))
+        self._set(refused_refreshes=self.refused + 1, curvature_scale=max(_LEAST_SCALE, self.scale / 4))
 
     def _set(self, **fields: int | float) -> None:
         for group in self._groups:

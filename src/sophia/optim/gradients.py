@@ -15,12 +15,12 @@ def isolated_gradients(params: Sequence[Tensor], output: Tensor) -> Iterator[Non
 
     Parameters of *other* optimizers are leaves too: a backward pass for the curvature must not add to their gradients.
     """
-    leaves = {id(leaf): leaf for leaf in (*params, *_graph_leaves(output))}
+    leaves = {id(leaf): leaf for leaf in (*params, *_graph_leaves(output), *fsdp.sharded_parameters())}
     kept = [(leaf, _kept(leaf.grad)) for leaf in leaves.values()]
     for leaf, _ in kept:
         leaf.grad = None
     try:
-        with fsdp.unreduced_set_aside(params):
+        with fsdp.unreduced_set_aside():
             yield
     finally:
         for leaf, grad in kept:

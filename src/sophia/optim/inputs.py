@@ -1,7 +1,7 @@
 """A model's inputs, cut along the batch: their first dimension."""
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -53,18 +53,27 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def sliced(value: Any, part: slice) -> Any:
     """The value with every tensor in it replaced by a detached copy of its rows `part`."""
+    return _mapped(value, lambda tensor: tensor.detach()[part].clone() if tensor.dim() > 0 else tensor)
+
+
+def widened(value: Any) -> Any:
+    """The value with fp16 and bf16 tensors in it as fp32: autocast takes those, the bare model would not."""
+    return _mapped(value, lambda tensor: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach()[part].clone() if value.dim() > 0 else value
+        return change(value)
     if isinstance(value, MutableMapping):
         new = copy.copy(value)  # of the same class: what a tokenizer gives is read by attribute as well
-        new.update({key: sliced(item, part) for key, item in value.items()})
+        new.update({key: _mapped(item, change) for key, item in value.items()})
         return new
     if isinstance(value, Mapping):
-        return {key: sliced(item, part) for key, item in value.items()}
+        return {key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(sliced(item, part) for item in value))
+        return type(value)(*(_mapped(item, change) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(sliced(item, part) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     return value
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sophia.optim.clock import Clock
-from sophia.optim.replicas import local
+from sophia.optim.dtensor import local
 
 # A hessian of nothing but negative zeros means "no estimate yet". Equal to zero in every computation and in every
 # checkpoint format, and never the result of an estimate: β2 · (−0) + (1 − β2) · 0 is +0 when rounded to nearest.

@@ -1,7 +1,4 @@
-"""The data-parallel replicas of a model: who they are, what they agree on, what their gradients add up to.
-
-This is the edge where distributed tensors become plain ones; everything inside computes on plain tensors.
-"""
+"""The data-parallel replicas of a model: who they are, what they agree on, what their gradients add up to."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -9,7 +6,8 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from sophia.optim.dtensor import is_dtensor, local, localise, shards
 
 GradientReduction: TypeAlias = Literal["mean", "sum", "none"]
 GRADIENT_REDUCTIONS: tuple[str, ...] = ("mean", "sum", "none")
@@ -84,7 +82,7 @@ class Replicas:
         for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
             if grad is not None:
                 norms[-1] += 1
-                if not isinstance(param, DTensor):
+                if not is_dtensor(param):
                     norms[index] = torch.linalg.vector_norm(grad, dtype=torch.float64)
         extremes = torch.stack((norms, -norms)).to(self._wire_device(norms.device))
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
@@ -112,11 +110,7 @@ class Replicas:
 
     def shard_weight(self, param: Tensor) -> float:
         """1 / the number of ranks that hold the same part of this parameter."""
-        shards = 1
-        if isinstance(param, DTensor):
-            for dim, placement in enumerate(param.placements):
-                shards *= param.device_mesh.size(dim) if placement.is_shard() else 1
-        return shards / self.size if self.size > 1 else 1.0
+        return shards(param) / self.size if self.size > 1 else 1.0
 
     def _reduce(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
         device = params[0].device
@@ -136,23 +130,6 @@ class Replicas:
     def _wire_device(self, device: torch.device) -> torch.device:
         """Where tensors must be for this group's backend: gloo talks through the CPU, NCCL through the GPU."""
         return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def localise(tensor: Tensor, param: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharded as the parameter is."""
-    if isinstance(param, DTensor):
-        if not isinstance(tensor, DTensor):
-            raise ValueError(
-                f"got a plain tensor of shape {tuple(tensor.shape)} for a parameter that is a DTensor with placements "
-                f"{param.placements}: pass a DTensor, for example by torch.distributed.tensor.distribute_tensor"
-            )
-        return tensor.redistribute(param.device_mesh, param.placements).to_local()
-    return local(tensor)
 
 
 def _owned(grad: Tensor) -> Tensor:

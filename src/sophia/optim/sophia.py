@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,12 @@ from sophia.optim import checks, update
 from sophia.optim.attach import Attachment
 from sophia.optim.clock import FIELDS, Clock
 from sophia.optim.curvature import Estimator, Forward, GaussNewtonBartlett, Hutchinson, Refresh
+from sophia.optim.dtensor import local, localise
 from sophia.optim.reach import UNREACHED, Reach
-from sophia.optim.replicas import Replicas, local, localise
+from sophia.optim.replicas import Replicas
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _NEVER_REFRESHED = (
     "step() without a curvature refresh would be sign-momentum, not Sophia: before the loss's backward add\n"
@@ -106,7 +110,7 @@ class Sophia(Optimizer):
             "capturable": capturable,
         }
         checks.check_group(defaults)
-        super().__init__(params, defaults)
+        super().__init__(checks.checked_params(params), defaults)
 
     # ---- curvature
 
@@ -171,7 +175,7 @@ class Sophia(Optimizer):
         logits: Callable[[Any], Any] | None = None,
         mask: Callable[..., Tensor] | None = None,
         max_batch: int = 8,
-    ) -> "Sophia":
+    ) -> "Self":
         """Refresh inside `step()` from the inputs of the model's last training forward; the loop stays AdamW's.
 
         Args:

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophia.optim import noise
 from sophia.optim.curvature.estimator import Forward, Refresh, without_autocast
+from sophia.optim.dtensor import local, shard
 from sophia.optim.gradients import isolated_gradients
-from sophia.optim.replicas import local
 
 _NOISES = ("gaussian", "rademacher")
 _PRODUCTS = ("auto", "double_backward", "finite_difference")
@@ -85,10 +84,7 @@ class Hutchinson:
         key = noise.stream_key(refresh.seed, refresh.step, index)
         u = noise.filled(param.shape, key, self.noise, local(param).device)
         u = u.to(torch.promote_types(u.dtype, param.dtype))
-        if isinstance(param, DTensor):
-            # src_data_rank=None: every rank has the whole vector already and keeps its part.
-            return local(distribute_tensor(u, param.device_mesh, param.placements, src_data_rank=None))
-        return u
+        return shard(u, param)
 
     def _hessian_product(
         self, forwards: Sequence[Forward], theta: list[Tensor], u: list[Tensor], refresh: Refresh

@@ -1,0 +1,55 @@
+"""The harness itself: what a rank returns, raises, warns of or waits for reaches the test."""
+
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.ranks import RankFailed
+
+
+def place_and_sum(offset):
+    total = torch.tensor([dist.get_rank() + offset])
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), total.item()
+
+
+def fail_on_rank_one():
+    if dist.get_rank() == 1:
+        raise LookupError("rank one has lost its way")
+    dist.barrier()
+
+
+def warn():
+    warnings.warn("a careless word", stacklevel=1)
+
+
+def sleep_on_rank_one():
+    if dist.get_rank() == 1:
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("world", [2, 4, 2])
+def test_results_come_in_the_order_of_ranks(ranks, world):
+    total = sum(range(world)) + 10 * world
+    assert ranks.run(place_and_sum, 10, world=world) == [(rank, world, total) for rank in range(world)]
+
+
+def test_a_failure_on_one_rank_frees_those_that_wait(ranks):
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match="lost its way"):
+        ranks.run(fail_on_rank_one)
+    assert time.monotonic() - start < 20
+
+
+def test_warnings_are_errors(ranks):
+    with pytest.raises(RankFailed, match="careless word"):
+        ranks.run(warn)
+
+
+def test_a_rank_that_hangs_is_stopped_and_replaced(ranks):
+    with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
+        ranks.run(sleep_on_rank_one, seconds=1)
+    assert len(ranks.run(place_and_sum, 0)) == 2
