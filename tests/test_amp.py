@@ -46,9 +46,6 @@ def test_estimate_under_autocast_is_that_of_fp32_but_for_rounding(kind, dtype):
     assert 0 < error < 16 * torch.finfo(dtype).eps
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a region that forward itself opens stays on, and rounding swamps the differences"
-)
 def test_finite_differences_are_right_or_refused_when_forward_opens_its_own_autocast_region():
     def loss(enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

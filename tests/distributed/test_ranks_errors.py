@@ -19,7 +19,9 @@ class Scene:
         self.optimizer = kind(self.model.parameters(), lr=1e-2, curvature_interval=2)
         self.own = engines.own_rows()
         self.tokens, self.targets = (t[self.own] for t in engines.batch())
-        self.loss().backward()
+        for _ in range(2):  # DDP's second forward takes part in a collective call of its own, to arrange its buckets
+            self.model.zero_grad()
+            self.loss().backward()
         self.before = engines.snapshot(self.model, self.optimizer)
 
     def logits(self):
@@ -120,12 +122,19 @@ def assert_all_know(outcomes, name, text):
         assert "failed on rank [1]" in other[1]
 
 
+# Under FSDP2 a rank that fails before its part of the forward is over leaves the others waiting for its shards, inside
+# torch, as in training.
+REACHABLE = [
+    (engine, world, fault)
+    for engine, world in ENGINES
+    for fault in FAULTS
+    if engine == "ddp" or fault not in (failing_before_the_model, failing_inside_the_model)
+]
+
+
 @pytest.mark.parametrize("position", [0, 2])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("engine", "world"), ENGINES)
+@pytest.mark.parametrize(("engine", "world", "fault"), REACHABLE)
 def test_a_forward_that_fails_on_one_rank(ranks, engine, world, fault, position):
-    if engine == "fsdp" and fault in (failing_before_the_model, failing_inside_the_model):
-        pytest.skip("the other ranks wait for this one's shards inside torch, as in training")
     assert_all_know(ranks.run(refresh_with_a_fault, engine, fault, position, world=world), *FAULTS[fault])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sophia.optim.dtensor import is_dtensor
+from sophia.optim.gradients import set_aside
 from sophia.optim.inputs import Arguments, batch_size, sliced, widened
 
 IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
@@ -45,7 +46,7 @@ class Attachment:
         self._max_batch = max_batch
         self._arguments: Arguments | None = None
         self._rows = 0
-        self._autocast: list[tuple[str, torch.dtype, bool]] = []
+        self.autocast: list[tuple[str, torch.dtype, bool]] = []
         self._replaying = False
         # In front of the user's own pre-hooks: these may change the inputs, and will do so again when replayed.
         self._handle = model.register_forward_pre_hook(_Tap(self), prepend=True, with_kwargs=True)
@@ -68,7 +69,7 @@ class Attachment:
             return
         self._rows = min(batch_size(args, kwargs), self._max_batch)
         self._arguments = sliced((args, kwargs), slice(0, self._rows))
-        self._autocast = [
+        self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted({"cpu", *(p.device.type for p in self.model.parameters())})
         ]
@@ -79,15 +80,15 @@ class Attachment:
 
         Args:
             parts: how many slices to cut the rows into; the same on all ranks.
-            with_mask: give (logits, mask) under the autocast state of the training forward, else what `logits` takes
-                from the output, in full precision.
+            with_mask: give (logits, mask), else the loss.
         """
         assert self._arguments is not None
         arguments, self._arguments = self._arguments, None
         edges = [self._rows * part // parts for part in range(parts + 1)]
         self._replaying = True
         try:
-            with _buffers_restored(self.model):
+            # All parameters of the model: its reentrant checkpoints hide those of other optimizers from the graph.
+            with _buffers_restored(self.model), set_aside(self.model.parameters()):
                 yield [
                     functools.partial(self._forward, arguments, first, end, with_mask=with_mask)
                     for first, end in itertools.pairwise(edges)
@@ -103,13 +104,10 @@ class Attachment:
     def _forward(self, arguments: Arguments, first: int, end: int, *, with_mask: bool) -> Any:
         # A rank with fewer rows than parts still takes part in every forward: with a row that does not count.
         args, kwargs = sliced(arguments, slice(first, max(end, first + 1)))
-        if not with_mask and any(enabled for _, _, enabled in self._autocast):
-            args, kwargs = widened((args, kwargs))
-        with contextlib.ExitStack() as stack:
-            for kind, dtype, enabled in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled and with_mask))
-            output = self.model(*args, **kwargs)
-            result = output if self._logits is None else self._logits(output)
+        if any(enabled and not torch.is_autocast_enabled(kind) for kind, _, enabled in self.autocast):
+            args, kwargs = widened((args, kwargs))  # this is to be a full-precision forward of what autocast had halved
+        output = self.model(*args, **kwargs)
+        result = output if self._logits is None else self._logits(output)
         if not with_mask:
             return _read_loss(result)
         logits, mask = _read_logits(result)

@@ -4,8 +4,9 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from sophia.optim.clock import FIELDS
 from sophia.optim.replicas import GRADIENT_REDUCTIONS
 
 P = ParamSpec("P")
+
+PATHS = ("foreach", "fused", "capturable")  # settings of how a step is computed, not of what it computes
 
 _FOREIGN = {
     "rho": "the official code's rho is gamma here",
@@ -61,9 +64,9 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 def check_clock(curvature_interval: int, seed: int) -> None:
     """Check the settings that hold for all groups."""
-    if isinstance(curvature_interval, bool) or not isinstance(curvature_interval, int) or curvature_interval < 1:
+    if not _is_whole(curvature_interval) or curvature_interval < 1:
         raise ValueError(f"curvature_interval={curvature_interval!r} must be a whole number of steps, at least 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+    if not _is_whole(seed) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
 
 
@@ -105,6 +108,11 @@ def check_group(group: dict[str, Any]) -> None:
             f"eps={group['eps']!r} must be positive, at least {smallest:.2e}: below that fp32 has 0 / 0 where momentum "
             "and curvature vanish"
         )
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize={group['maximize']!r} must be True or False")
+    for name in PATHS:
+        if group[name] is not None and not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r} must be True, False or None")
     resolve_foreach({**group, "params": []})
 
 
@@ -114,7 +122,32 @@ def _at_least_zero(name: str, value: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Python's and numpy's integers."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_state_dict(loaded: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Check that a state dict fits the parameters; torch itself looks at the numbers of groups and parameters only."""
+    saved_groups = loaded["param_groups"]
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        return  # torch says so
+    for saved, group in zip(saved_groups, groups, strict=True):
+        foreign = "clock" not in saved
+        check_group(
+            {name: value if foreign and name in PATHS else saved.get(name, value) for name, value in group.items()}
+        )
+        for index, p in zip(saved["params"], group["params"], strict=True):
+            for name in ("exp_avg", "hessian"):
+                value = loaded["state"].get(index, {}).get(name)
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name} of parameter {index} in the state dict has shape {tuple(value.shape)}, the parameter "
+                        f"{tuple(p.shape)}: the state dict belongs to another model, or to another order of parameters"
+                    )
 
 
 def check_group_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -205,6 +238,8 @@ def check_estimates(estimates: Sequence[Tensor | None], params: Sequence[Tensor]
             continue
         if not isinstance(estimate, Tensor):
             raise ValueError(f"estimate {index} is a {type(estimate).__name__}, not a tensor or None")
+        if estimate.layout != torch.strided:
+            raise ValueError(f"estimate {index} has layout {estimate.layout}: give a dense tensor, or None")
         if estimate.shape != p.shape:
             raise ValueError(
                 f"estimate {index} has shape {tuple(estimate.shape)}, its parameter {tuple(p.shape)}: they must match"
@@ -230,7 +265,7 @@ def check_attach(
             "attach() got a model that has none of the optimizer's parameters: give the model that the optimizer was "
             "built from, or a wrapper of it"
         )
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+    if not _is_whole(max_batch) or max_batch < 1:
         raise ValueError(f"max_batch={max_batch!r} must be a whole number of rows, at least 1")
     for name, function in (("logits", logits), ("mask", mask)):
         if function is not None and not callable(function):

@@ -1,7 +1,7 @@
 """A backward pass that leaves every `.grad` as it was."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,28 +15,44 @@ def isolated_gradients(params: Sequence[Tensor], output: Tensor) -> Iterator[Non
 
     Parameters of *other* optimizers are leaves too: a backward pass for the curvature must not add to their gradients.
     """
-    leaves = {id(leaf): leaf for leaf in (*params, *_graph_leaves(output), *fsdp.sharded_parameters())}
-    kept = [(leaf, _kept(leaf.grad)) for leaf in leaves.values()]
-    for leaf, _ in kept:
+    with set_aside((*params, *_graph_leaves(output), *fsdp.sharded_parameters())), fsdp.unreduced_set_aside():
+        yield
+
+
+@contextlib.contextmanager
+def set_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, `.grad` of these tensors starts as None; after it, it is the object and has the values of before."""
+    kept = [(leaf, leaf.grad, _values(leaf.grad)) for leaf in {id(leaf): leaf for leaf in leaves}.values()]
+    for leaf, _, _ in kept:
         leaf.grad = None
     try:
-        with fsdp.unreduced_set_aside():
-            yield
+        yield
     finally:
-        for leaf, grad in kept:
+        for leaf, grad, values in kept:
+            if grad is not None and values is not None:
+                grad.data.copy_(values)
             leaf.grad = grad
 
 
-def _kept(grad: Tensor | None) -> Tensor | None:
-    # DDP with gradient_as_bucket_view keeps gradients as views of its communication buckets, and the next backward
-    # pass overwrites those: only a copy survives.
-    if grad is None or not grad._is_view():
-        return grad
-    return grad.detach().clone()
+def _values(grad: Tensor | None) -> Tensor | None:
+    """A copy of a gradient that is a view of something larger, which a backward pass may overwrite.
+
+    DDP with gradient_as_bucket_view keeps gradients in its communication buckets. The view itself is put back too: a
+    loop may clear or clip its gradients through a flat buffer of its own.
+    """
+    return grad.detach().clone() if grad is not None and grad._is_view() else None
 
 
 def _graph_leaves(output: Tensor) -> Iterator[Tensor]:
     """The leaf tensors that a backward pass from output would accumulate into."""
+    for node in graph_nodes(output):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and variable.is_leaf:
+            yield variable
+
+
+def graph_nodes(output: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """Every operation that a backward pass from output would run. Reentrant checkpoints hide what is inside them."""
     seen: set[torch.autograd.graph.Node] = set()
     open_nodes = [output.grad_fn] if output.grad_fn is not None else []
     while open_nodes:
@@ -44,7 +60,5 @@ def _graph_leaves(output: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
+        yield node
         open_nodes.extend(parent for parent, _ in node.next_functions if parent is not None)

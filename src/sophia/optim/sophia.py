@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia.optim import checks, update
+from sophia.optim import checks, fsdp, update
 from sophia.optim.attach import Attachment
 from sophia.optim.clock import FIELDS, Clock
 from sophia.optim.curvature import Estimator, Forward, GaussNewtonBartlett, Hutchinson, Refresh
@@ -333,7 +333,7 @@ class Sophia(Optimizer):
         try:
             checks.check_group(group)
             checks.check_parameters(group["params"])
-        except ValueError:
+        except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
         time = self.param_groups[0] if len(self.param_groups) > 1 else self._new_clock
@@ -349,13 +349,17 @@ class Sophia(Optimizer):
         own = [{**group} for group in self.param_groups]
         # Ours runs after the user's pre-hooks and before the user's post-hooks, around torch's cast to the parameters'
         # dtype, which would round fp32 curvature to bf16.
-        before = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.update(loaded))
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: self._inspect(seen, loaded))
         after = self.register_load_state_dict_post_hook(lambda _: self._adopt(seen, own), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def _inspect(self, seen: dict[str, Any], loaded: dict[str, Any]) -> None:
+        checks.check_state_dict(loaded, self.param_groups)
+        seen.update(loaded)
 
     def _adopt(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
         saved = [index for group in loaded["param_groups"] for index in group["params"]]
@@ -370,6 +374,7 @@ class Sophia(Optimizer):
             if "clock" not in group:  # from another optimizer, or another Sophia: its steps are ours, no refresh is
                 group.update({**FIELDS, "clock": int(max(steps, default=0))})
                 group.update(curvature_interval=before["curvature_interval"], seed=before["seed"])
+                group.update({name: before[name] for name in checks.PATHS})  # AdamW's paths are not ours
             for name, value in before.items():
                 group.setdefault(name, value)
         self._complete_state()
@@ -464,7 +469,12 @@ class Sophia(Optimizer):
         return self._estimator
 
     def _refresh(
-        self, estimator: Estimator, forward: Any, rows: Tensor | Sequence[int] | None, replicas: Replicas
+        self,
+        estimator: Estimator,
+        forward: Any,
+        rows: Tensor | Sequence[int] | None,
+        replicas: Replicas,
+        autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
     ) -> bool:
         params = self._parameters()
         forwards: list[Forward] = []
@@ -486,8 +496,10 @@ class Sophia(Optimizer):
             scale=self._clock.scale,
             replicas=replicas,
             rows=numbers,
+            autocast=autocast,
         )
-        estimates = estimator.estimate(forwards, params, refresh)
+        with fsdp.gathered_anew():
+            estimates = estimator.estimate(forwards, params, refresh)
         with torch.no_grad():
             return self._fold(estimates, params, replicas)
 
@@ -502,7 +514,7 @@ class Sophia(Optimizer):
         if isinstance(estimator, GaussNewtonBartlett):  # slices of the inputs are cheaper chunks than masks
             estimator, parts = dataclasses.replace(estimator, chunks=1), estimator.chunks
         with attachment.replay(parts, with_mask=not self._wants_loss()) as forwards:
-            self._refresh(estimator, forwards, None, replicas)
+            self._refresh(estimator, forwards, None, replicas, autocast=attachment.autocast)
 
     def _fold(self, estimates: Sequence[Tensor | None], params: Sequence[Tensor], replicas: Replicas) -> bool:
         """Fold local estimates in, unless one is not finite on some rank."""

@@ -28,13 +28,21 @@ class Refresh:
     """The ranks that estimate together."""
     rows: Tensor | None = None
     """Global indices of the batch rows of all forwards in order, int64 [rows]; None counts rows on this rank."""
+    autocast: Sequence[tuple[str, torch.dtype, bool]] = ()
+    """(device type, dtype, enabled) to run forwards in; empty is the state in which the refresh was called."""
 
     @contextlib.contextmanager
-    def forward_pass(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
+    def forward_pass(self, index: int, params: Sequence[Tensor], *, full_precision: bool = False) -> Iterator[None]:
         """Gradients on and torch's global generators forked, for running the forward of this index."""
         devices = list({p.device for p in params})
         key = stream_key(self.seed, self.step, self.replicas.rank, index)
-        with torch.enable_grad(), forked_rng(devices, key):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(forked_rng(devices, key))
+            for kind, dtype, enabled in () if full_precision else self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            for device in devices if full_precision else ():
+                stack.enter_context(without_autocast(device))
             yield
 
 

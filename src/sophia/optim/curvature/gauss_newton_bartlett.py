@@ -47,8 +47,8 @@ class GaussNewtonBartlett:
             raise ValueError(f"chunks={self.chunks!r} must be a whole number of at least 1")
         if self.vocab_size is not None and self.likelihood != "categorical":
             raise ValueError(f"vocab_size={self.vocab_size} has no meaning for the {self.likelihood} likelihood")
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 2")
+        if self.vocab_size is not None and (not isinstance(self.vocab_size, int) or self.vocab_size < 2):
+            raise ValueError(f"vocab_size={self.vocab_size!r} must be a whole number of at least 2")
 
     def estimate(self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh) -> list[Tensor | None]:
         """The estimate h̃, one fp32 tensor or None a parameter.
@@ -104,8 +104,8 @@ class GaussNewtonBartlett:
             first_row += rows
         if total == 0:
             raise ValueError(
-                "no prediction counts on any rank: the mask given with the logits is False everywhere; "
-                "it must be True where a label contributes to the loss"
+                "no prediction counts on any rank: the mask given with the logits (attach() makes it from labels that "
+                "are not -100) is False everywhere; it must be True where a label contributes to the loss"
             )
 
     def _backward(

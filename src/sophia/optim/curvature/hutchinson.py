@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sophia.optim import noise
 from sophia.optim.curvature.estimator import Forward, Refresh, without_autocast
 from sophia.optim.dtensor import local, shard
-from sophia.optim.gradients import isolated_gradients
+from sophia.optim.gradients import graph_nodes, isolated_gradients
 
 _NOISES = ("gaussian", "rademacher")
 _PRODUCTS = ("auto", "double_backward", "finite_difference")
@@ -127,6 +127,8 @@ def _double_backward(
 
 def _product_of_one(loss: Tensor, theta: list[Tensor], u: list[Tensor], scale: float) -> list[Tensor | None]:
     """scale · H u of one loss; None for parameters that the loss does not use."""
+    if any("CheckpointFunction" in node.name() for node in graph_nodes(loss)):
+        raise _NoSecondDerivative("reentrant activation checkpoints run in plain backward passes only")
     with torch.enable_grad(), without_autocast(loss.device):
         # A factor that requires a gradient: so every operation's backward is told that a second one will follow, and
         # those that cannot have one (once_differentiable) say so instead of silently counting as linear.
@@ -186,11 +188,10 @@ def _mean_gradients(forwards: Sequence[Forward], theta: list[Tensor], refresh: R
     """The gradient of the loss's mean over forwards and ranks."""
     sums: list[Tensor | None] = [None] * len(theta)
     for index, forward in enumerate(forwards):
-        with without_autocast(theta[0].device):
-            loss = _loss(forward, index, theta, refresh)
-            with isolated_gradients(theta, loss):
-                torch.autograd.backward(loss)
-                totals = refresh.replicas.sum_gradients([p.grad for p in theta], theta)
+        loss = _loss(forward, index, theta, refresh, full_precision=True)
+        with isolated_gradients(theta, loss), without_autocast(loss.device):
+            torch.autograd.backward(loss)
+            totals = refresh.replicas.sum_gradients([p.grad for p in theta], theta)
         refresh.replicas.check_reduced(totals, theta)
         for place, total in enumerate(totals):
             known = sums[place]
@@ -199,16 +200,35 @@ def _mean_gradients(forwards: Sequence[Forward], theta: list[Tensor], refresh: R
     return [None if s is None else s.div_(refresh.replicas.size * len(forwards)) for s in sums]
 
 
-def _loss(forward: Forward, index: int, theta: list[Tensor], refresh: Refresh) -> Tensor:
+def _loss(
+    forward: Forward, index: int, theta: list[Tensor], refresh: Refresh, *, full_precision: bool = False
+) -> Tensor:
     loss, error = None, None
     try:
-        with refresh.forward_pass(index, theta):
+        with refresh.forward_pass(index, theta, full_precision=full_precision):
             loss = _read(forward())
+            if full_precision:
+                _check_precision(loss)
     except Exception as problem:  # whatever it is, the other ranks must hear of it
         error = problem
     refresh.replicas.agree(error, [], theta[0].device)
     assert loss is not None
     return loss
+
+
+def _check_precision(loss: Tensor) -> None:
+    """Refuse a loss computed in low precision: the difference of two gradients would be rounding."""
+    for node in graph_nodes(loss):
+        for parent, _ in node.next_functions:
+            # A cast that parameters go through on their way in: an autocast region makes one.
+            if parent is not None and hasattr(parent, "variable") and node.name().startswith("ToCopyBackward"):
+                dtype = node._input_metadata[0].dtype
+                if dtype in (torch.bfloat16, torch.float16):
+                    raise ValueError(
+                        f"forward() opens an autocast region of {dtype} of its own, in which a finite-difference "
+                        "Hessian product would be rounding: open the region around refresh_curvature() instead (it is "
+                        "then left for the product), or use SophiaG"
+                    )
 
 
 def _read(output: Any) -> Tensor:
