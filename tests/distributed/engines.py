@@ -60,7 +60,7 @@ def place():
 
 
 def own_rows(rows=ROWS):
-    """The global indices of this rank's rows: dealt out in turn, so that a rank's own count would number them wrongly."""
+    """The global indices of this rank's rows: dealt out in turn, so that counting them would number them wrongly."""
     rank, world = place()
     return list(range(rank, rows, world))
 

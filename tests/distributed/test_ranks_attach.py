@@ -147,3 +147,24 @@ def test_labels_chunks_and_batchnorm(ranks, engine, counts, chunks):
     for (found, buffers), (expected, _) in zip(attached, explicit, strict=True):
         engines.assert_same(found, expected)
         assert buffers == [True] * 6
+
+
+def train_with_an_empty_last_chunk():
+    """The loss of the next batch under FSDP2 after a step, and what it is for the same weights gathered anew."""
+    model = engines.wrap("fsdp", engines.build())
+    optimizer = SophiaG(model.parameters(), lr=0.1, estimator=GaussNewtonBartlett(chunks=2))
+    own = engines.own_rows()
+    tokens, targets = (t[own] for t in engines.batch())
+    optimizer.attach(model, mask=lambda part: (part == tokens[0]).all().expand(part.shape), max_batch=2)
+    loss_of(model(tokens), targets).backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = loss_of(model(tokens), targets)
+        model.reshard()
+        return found, loss_of(model(tokens), targets)
+
+
+def test_a_step_after_an_empty_last_chunk_is_seen(ranks):
+    """A forward without backward leaves FSDP2's outermost parameters gathered, as they were before the step."""
+    for found, expected in ranks.run(train_with_an_empty_last_chunk):
+        assert torch.equal(found, expected)

@@ -177,7 +177,9 @@ def test_arguments_that_are_wrong_on_one_rank(ranks, engine, what):
     assert_all_know(ranks.run(refresh_with_wrong_arguments, engine, what), "ValueError", text)
 
 
-@pytest.mark.parametrize(("what", "text"), [("forwards", "[1, 2] forwards"), ("nothing counts", "no prediction counts")])
+@pytest.mark.parametrize(
+    ("what", "text"), [("forwards", "[1, 2] forwards"), ("nothing counts", "no prediction counts")]
+)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_arguments_that_are_wrong_together(ranks, engine, what, text):
     for name, message in ranks.run(refresh_with_wrong_arguments, engine, what):

@@ -31,7 +31,7 @@ def sleep_on_rank_one():
         time.sleep(60)
 
 
-@pytest.mark.parametrize("world", [2, 4, 2])
+@pytest.mark.parametrize("world", [4, 2])
 def test_results_come_in_the_order_of_ranks(ranks, world):
     total = sum(range(world)) + 10 * world
     assert ranks.run(place_and_sum, 10, world=world) == [(rank, world, total) for rank in range(world)]

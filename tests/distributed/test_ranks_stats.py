@@ -24,8 +24,8 @@ def advance(model, optimizer, steps):
 def statistics(engine):
     """After five steps with one refused refresh; and, of this rank's part, the sums that they are made of."""
     model = engines.wrap(engine, engines.build())
-    # γ such that some of the coordinates are clipped and some are not.
-    optimizer = SophiaG(model.parameters(), lr=1e-2, gamma=1.0, curvature_interval=3)
+    # β2 and γ such that some of the coordinates are clipped and some are not.
+    optimizer = SophiaG(model.parameters(), lr=1e-2, betas=(0.9, 0.5), gamma=2.0, curvature_interval=3)
     advance(model, optimizer, 3)
     tokens, _ = engines.batch()
     assert not optimizer.refresh_curvature(lambda: model(tokens[engines.own_rows()]) * float("nan"))
@@ -37,7 +37,7 @@ def statistics(engine):
 def test_reduced_statistics_are_the_single_process_figures(ranks, engine, world):
     alone, unreduced = statistics("none")
     assert alone == unreduced
-    assert 0.05 < alone["clip_fraction"] < 0.95
+    assert 0.1 < alone["clip_fraction"] < 0.9
     assert (alone["curvature_age"], alone["refused_refreshes"]) == (2, 1)
     found = ranks.run(statistics, engine, world=world)
     for reduced, own in found:
@@ -46,10 +46,6 @@ def test_reduced_statistics_are_the_single_process_figures(ranks, engine, world)
     if engine == "fsdp":  # the shards, without an overlap or a gap
         for norm in ("momentum_norm", "curvature_norm"):
             assert sum(own[norm] ** 2 for _, own in found) == pytest.approx(alone[norm] ** 2, rel=1e-5)
-
-
-class Forgetful:
-    """Counts the statistics' collective calls."""
 
 
 def statistics_of_one_rank():
@@ -71,7 +67,7 @@ def curvature_under(policy):
     optimizer = SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.0), curvature_interval=1)
     own = engines.own_rows()
     total = {}
-    for _ in range(60):  # lr and gradients are zero: the same model each time, other noise
+    for _ in range(40):  # lr and gradients are zero: the same model each time, other noise
         assert optimizer.refresh_curvature(lambda: model(engines.batch()[0][own]), rows=own)
         optimizer.step()
         for name, value in engines.snapshot(model, optimizer).items():
@@ -83,13 +79,17 @@ def curvature_under(policy):
     return total
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduce_dtype", [torch.float32, None])
-def test_mixed_precision_keeps_the_size_of_the_curvature(ranks, dtype, reduce_dtype):
+@pytest.fixture(scope="module")
+def exact(ranks):
+    return ranks.run(curvature_under, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduce_dtype"), [(torch.bfloat16, torch.float32), (torch.bfloat16, None), (torch.float16, None)]
+)
+def test_mixed_precision_keeps_the_size_of_the_curvature(ranks, exact, dtype, reduce_dtype):
     """In the mean of many estimates, tensor by tensor. Labels differ where low precision tips a sample over."""
-    exact = ranks.run(curvature_under, None)[0]
     found = ranks.run(curvature_under, MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype))[0]
     assert found.keys() == exact.keys()
     for name, value in exact.items():
-        print(name, (found[name].sum()/value.sum()).item())
-        assert 0.8 < found[name].sum() / value.sum() < 1.25
+        assert 0.8 < found[name].sum() / value.sum() < 1.25, name

@@ -1,0 +1,95 @@
+"""The command `sophia`: help, and how errors end."""
+
+import builtins
+import subprocess
+import sys
+
+import pytest
+
+import sophia
+from sophia import cli
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"sophia {sophia.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["demo", "bench"]),
+        (["demo", "--help"], ["--steps", "--sweep", "--out", "Updates of each run"]),
+        (["bench", "step", "--help"], ["--rounds", "--device", "--json", "--out"]),
+    ],
+)
+def test_help(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["demo", "--stps", "3"], ["demo", "--steps", "many"], ["bench"]])
+def test_unknown_words_end_with_2_and_help(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--steps", "0"], ["steps is 0", "at least 1"]),
+        (["demo", "--width", "9", "--heads", "2"], ["width 9", "heads 2"]),
+        (["demo", "--vocab-size", "7"], ["vocab_size is 7", "at least"]),
+        (["demo", "--text-bytes", "10"], ["max_bytes 10"]),
+        (["demo", "--out", "/dev/null/here"], ["/dev/null"]),
+        (["bench", "step", "--rounds", "0"], ["rounds is 0", "at least 1"]),
+    ],
+)
+def test_user_errors_are_one_line_and_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("sophia: ")
+    assert all(word in error for word in words), error
+
+
+def test_without_the_extra_it_names_it(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without_tyro(name, *args, **kwargs):
+        if name.split(".")[0] == "tyro":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tyro)
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'sophia-lm[train]'" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_quietly(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_app", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "sophia: interrupted\n"
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch):
+    def broken(arguments):
+        raise ModuleNotFoundError("No module named 'sophia.typo'", name="sophia.typo")
+
+    monkeypatch.setattr(cli, "_app", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["demo"])
+
+
+def test_as_a_module():
+    answer = subprocess.run([sys.executable, "-m", "sophia", "--version"], capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("sophia ")
