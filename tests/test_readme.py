@@ -50,23 +50,9 @@ def test_command(command, tmp_path, monkeypatch, capsys):
     if words == ["make", "demo"]:
         assert recipe("demo")[-1] == ".venv/bin/sophia demo"
         # The same command in a short form.
-        short = [
-            "--steps",
-            "3",
-            "--layers",
-            "1",
-            "--heads",
-            "1",
-            "--width",
-            "16",
-            "--context",
-            "16",
-            "--batch-size",
-            "2",
-            "--text-bytes",
-            "900000",
-        ]
-        assert cli.main(["demo", *short, "--validation-windows", "2", "--validation-fraction", "0.3"]) == 0
+        tiny = {"steps": 3, "layers": 1, "heads": 1, "width": 16, "context": 16, "batch-size": 2}
+        tiny |= {"text-bytes": 900_000, "validation-windows": 2, "validation-fraction": 0.3}
+        assert cli.main(["demo", *(word for name, value in tiny.items() for word in (f"--{name}", str(value)))]) == 0
         assert (tmp_path / "demo-out" / "race.png").exists()
     elif words == ["make", "test"]:
         assert "pytest" in recipe("test")[-1]  # this run

@@ -34,7 +34,7 @@ class DemoSettings:
     """Folder for race.png, results.json and sample.txt."""
     sweep: bool = False
     """Search for each optimizer's settings instead, and write benchmarks/results/demo-sweep.json and docs/demo-sweep.md
-    below the present folder. Takes the time of some twenty races."""
+    below the present folder. Takes the time of some ten races."""
 
 
 def demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> None:

@@ -27,7 +27,7 @@ from sophia.schedule import warmup_cosine
 class RaceSettings:
     """What all runs of a race have in common."""
 
-    steps: int = 700
+    steps: int = 500
     """Updates of each run."""
     seed: int = 0
     """Decides the initial weights and the order of the text."""

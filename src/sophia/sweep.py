@@ -40,7 +40,7 @@ class Search:
 
 
 SEARCHES = (
-    Search(recipe=AdamWRecipe(beta2=0.95), rates=(2e-3, 4e-3, 8e-3), second="beta2", values=(0.9, 0.99)),
+    Search(recipe=AdamWRecipe(beta2=0.95), rates=(4e-3, 8e-3, 16e-3), second="beta2", values=(0.9, 0.99)),
     Search(recipe=SophiaGRecipe(gamma=0.05), rates=(1e-3, 2e-3, 4e-3), second="gamma", values=(0.2, 0.5)),
 )
 

@@ -124,16 +124,14 @@ def assert_all_know(outcomes, name, text):
 
 # Under FSDP2 a rank that fails before its part of the forward is over leaves the others waiting for its shards, inside
 # torch, as in training.
-REACHABLE = [
-    (engine, world, fault)
-    for engine, world in ENGINES
-    for fault in FAULTS
-    if engine == "ddp" or fault not in (failing_before_the_model, failing_inside_the_model)
+CASES = [
+    *(("ddp", 2, fault, position) for fault in FAULTS for position in (0, 2)),
+    *(("ddp", 4, fault, 0) for fault in (wrong_mask, failing_inside_the_model)),
+    *(("fsdp", 2, f, 2) for f in FAULTS if f not in (failing_before_the_model, failing_inside_the_model)),
 ]
 
 
-@pytest.mark.parametrize("position", [0, 2])
-@pytest.mark.parametrize(("engine", "world", "fault"), REACHABLE)
+@pytest.mark.parametrize(("engine", "world", "fault", "position"), CASES)
 def test_a_forward_that_fails_on_one_rank(ranks, engine, world, fault, position):
     assert_all_know(ranks.run(refresh_with_a_fault, engine, fault, position, world=world), *FAULTS[fault])
 

@@ -9,7 +9,7 @@ from sophia.curvature import GaussNewtonBartlett
 from tests import exact
 from tests.distributed import engines
 
-CONTEXTS, CLASSES, SAMPLES = 150, 6, 80
+CONTEXTS, CLASSES, SAMPLES = 600, 6, 24
 
 
 class Table(nn.Module):
@@ -25,8 +25,8 @@ class Table(nn.Module):
 
 
 def tokens_of(rank, world, *, shared):
-    """[16, 32] of 16 rows for all ranks together, or, shared, the same 16 rows for each of them (a bad sampler)."""
-    tokens = torch.randint(0, CONTEXTS, (16, 32), generator=torch.Generator().manual_seed(1))
+    """16 rows of tokens for all ranks together, or, shared, the same 16 rows for each of them (a bad sampler)."""
+    tokens = torch.randint(0, CONTEXTS, (16, 128), generator=torch.Generator().manual_seed(1))
     return tokens if shared else tokens[rank::world]
 
 
