@@ -13,30 +13,24 @@ from sophia.race import AdamWRecipe, RaceSettings, SophiaGRecipe
 ROOT = Path(__file__).parents[1]
 
 
-def made_up(optimum, second_optimum):
-    """Trials whose loss is least at a learning rate and a second setting for each optimizer."""
+OTHERS = {AdamWRecipe: ("beta2", 0.9), SophiaGRecipe: ("gamma", 0.5)}  # the best values of the other settings
 
-    def run(recipes):
-        return [
-            sweep.Trial(
-                recipe=recipe,
-                loss=1
-                + math.log2(recipe.lr / optimum[type(recipe)]) ** 2
-                + (getattr(recipe, search.second) - second_optimum[type(recipe)]) ** 2,
-                clip_fraction=0.5 if isinstance(recipe, SophiaGRecipe) else None,
-            )
-            for recipe in recipes
-            for search in sweep.SEARCHES
-            if type(search.recipe) is type(recipe)
-        ]
 
-    return run
+def made_up(optimum):
+    """Trials whose loss is least at a learning rate and another setting for each optimizer."""
+
+    def trial(recipe):
+        name, value = OTHERS[type(recipe)]
+        loss = 1 + math.log2(recipe.lr / optimum[type(recipe)]) ** 2 + (getattr(recipe, name) - value) ** 2
+        return sweep.Trial(recipe=recipe, loss=loss, clip_fraction=0.5 if isinstance(recipe, SophiaGRecipe) else None)
+
+    return lambda recipes: [trial(recipe) for recipe in recipes]
 
 
 @pytest.mark.parametrize("adamw_rate", [1e-3, 4e-3, 16e-3, 64e-3])
 @pytest.mark.parametrize("sophia_rate", [0.5e-3, 2e-3, 8e-3])
 def test_both_get_the_same_number_of_trials_and_an_inner_optimum(adamw_rate, sophia_rate):
-    run = made_up({AdamWRecipe: adamw_rate, SophiaGRecipe: sophia_rate}, {AdamWRecipe: 0.9, SophiaGRecipe: 0.5})
+    run = made_up({AdamWRecipe: adamw_rate, SophiaGRecipe: sophia_rate})
     trials = sweep.search(sweep.SEARCHES, run)
     counts = {}
     for kind, rate in ((AdamWRecipe, adamw_rate), (SophiaGRecipe, sophia_rate)):
@@ -47,11 +41,12 @@ def test_both_get_the_same_number_of_trials_and_an_inner_optimum(adamw_rate, sop
         assert sweep.best(own).recipe.lr == pytest.approx(rate)
         assert len({trial.recipe for trial in own}) == len(own)
     assert counts[AdamWRecipe] == counts[SophiaGRecipe]
-    assert sweep.best([t for t in trials if isinstance(t.recipe, AdamWRecipe)]).recipe.beta2 == 0.9
+    for kind, (name, value) in OTHERS.items():
+        assert getattr(sweep.best([t for t in trials if isinstance(t.recipe, kind)]).recipe, name) == value
 
 
 def test_the_report_names_every_trial_and_the_best(tmp_path):
-    run = made_up({AdamWRecipe: 4e-3, SophiaGRecipe: 2e-3}, {AdamWRecipe: 0.9, SophiaGRecipe: 0.5})
+    run = made_up({AdamWRecipe: 4e-3, SophiaGRecipe: 2e-3})
     trials = sweep.search(sweep.SEARCHES, run)
     trials.append(sweep.Trial(recipe=AdamWRecipe(lr=9.0), loss=math.inf, clip_fraction=None))
     results, page = sweep.write(RaceSettings(), trials, "abc", tmp_path)

@@ -51,8 +51,9 @@ class RaceSettings:
     """Sequences on which the validation loss is measured, always the same."""
     validation_interval: int = 25
     """Updates between two measurements of the validation loss; also one before the first and after the last."""
-    warmup_fraction: float = 0.05
-    """Share of the updates in which the learning rate climbs to its peak; then it follows a cosine to 0.05 of it."""
+    warmup_fraction: float = 0.5
+    """Share of the updates in which the learning rate climbs to its peak; then it follows a cosine to 0.05 of it. So
+    short a run wants a long climb, by either optimizer: see docs/demo-sweep.md."""
     max_gradient_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer."""
 
@@ -92,7 +93,7 @@ class RaceSettings:
 class AdamWRecipe:
     """How AdamW is set; the defaults are the best of docs/demo-sweep.md."""
 
-    lr: float = 4e-3
+    lr: float = 8e-3
     """Peak learning rate."""
     beta2: float = 0.95
     """Decay of the average of squared gradients."""
@@ -115,9 +116,9 @@ class SophiaGRecipe:
 
     lr: float = 2e-3
     """Peak learning rate."""
-    gamma: float = 0.05
+    gamma: float = 0.1
     """Factor on the curvature; larger clips fewer coordinates."""
-    beta1: float = 0.96
+    beta1: float = 0.9
     """Decay of the average of gradients."""
     beta2: float = 0.99
     """Decay of the average of curvature estimates."""
