@@ -124,6 +124,18 @@ def test_with_every_lr_zero_the_first_step_only_creates_state():
         optimizer.step()
 
 
+def test_trainable_parameters_without_gradient_have_state_for_checkpoints():
+    """An unused expert: a distributed checkpoint that lacks its state could not be loaded again."""
+    used, expert, frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = Sophia([used, expert, frozen])
+    optimizer.update_curvature([torch.ones(2), None, None])
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.state) == {used, expert}
+    assert optimizer.state[expert]["step"] == 0
+
+
 def test_a_warmup_from_zero_is_an_ordinary_step_once_refreshed():
     p, optimizer = quadratic()
     optimizer.param_groups[0]["lr"] = 0.0

@@ -12,7 +12,7 @@ from sophia.curvature import GaussNewtonBartlett
 from tests.distributed import engines
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # float64: only the order of sums may differ
-ENGINES = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
+ENGINES = [("ddp", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 
 
 def mean_loss(model, tokens, targets, rows):
@@ -102,6 +102,29 @@ def test_an_engine_that_sums_gradients(ranks, world):
 def test_without_an_engine_the_optimizer_reduces(ranks, world):
     alone = one_estimate("none", {})
     for snapshot in ranks.run(one_estimate, "none", {"gradient_reduction": "none"}, world=world):
+        engines.assert_same(snapshot, alone, **CLOSE)
+
+
+def use_the_spare_on_even_rows():
+    """With `rows` dealt out in turn to two ranks, only the first of them uses the spare parameter."""
+    rank, world = engines.place()
+    model = engines.build(spare=True)
+    optimizer = SophiaG(model.parameters(), betas=(0.9, 0.0), gradient_reduction="none")
+    tokens, _ = engines.batch()
+    even, odd = list(range(0, engines.ROWS, 2)), list(range(1, engines.ROWS, 2))
+    if world == 1:
+        rows = even + odd
+        optimizer.refresh_curvature(lambda: torch.cat((model(tokens[even]), model(tokens[odd], False))), rows=rows)
+    else:
+        rows = odd if rank else even
+        optimizer.refresh_curvature(lambda: model(tokens[rows], not rank), rows=rows)
+    return engines.snapshot(model, optimizer)
+
+
+def test_a_parameter_that_only_some_ranks_use(ranks):
+    alone = use_the_spare_on_even_rows()
+    assert alone["spare.hessian"].sum() > 0
+    for snapshot in ranks.run(use_the_spare_on_even_rows):
         engines.assert_same(snapshot, alone, **CLOSE)
 
 

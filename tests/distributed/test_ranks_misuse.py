@@ -119,7 +119,6 @@ def test_handed_curvature_that_is_not_finite_on_one_rank(ranks, engine, number):
     assert ranks.run(update_with, engine, number) == [(False, 1), (False, 1)]
 
 
-@pytest.mark.xfail(strict=True, reason="update_curvature() does not ask the other ranks: they wait for this one")
 @pytest.mark.parametrize("what", ["shape", "count"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_handed_curvature_that_does_not_fit_on_one_rank(ranks, engine, what):

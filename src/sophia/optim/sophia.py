@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _NEVER_REFRESHED = (
-    "step() without a curvature refresh would be sign-momentum, not Sophia: before the loss's backward add\n"
+    "step() without a curvature refresh would be sign-momentum, not Sophia: at the top of the loop add\n"
     "    optimizer.refresh_curvature(lambda: {returns})\n"
     "or, to leave the loop as it is, build the optimizer with .attach(model)"
 )
@@ -125,7 +125,10 @@ class Sophia(Optimizer):
         *,
         rows: Tensor | Sequence[int] | None = None,
     ) -> bool:
-        """Estimate the curvature and fold it in, if that is due; call it every step, before the loss's backward.
+        """Estimate the curvature and fold it in, if that is due; call it at every step, before the forward of the loss.
+
+        (After its backward is as good. Between the two is not, under DDP: its reducer would take the refresh's backward
+        pass for the loss's.)
 
         Leaves `.grad` and the global random generators as it found them. In a distributed run all ranks call it, with
         the same number of forwards. Within a refresh dropout draws from generators seeded by (seed, step, rank).
@@ -161,13 +164,17 @@ class Sophia(Optimizer):
             False, with nothing changed, when an estimate is not finite on some rank; it is counted as refused.
 
         Raises:
-            ValueError: their number, a shape or a dtype does not fit the parameters.
+            ValueError: their number, a shape or a dtype does not fit the parameters (RuntimeError on the other ranks).
         """
-        params = self._parameters()
-        checks.check_estimates(estimates, params)
+        params, replicas, error = self._parameters(), self._replicas(), None
+        try:
+            checks.check_estimates(estimates, params)
+        except ValueError as problem:
+            error = problem
+        replicas.agree(error, [], local(params[0]).device)
         with torch.no_grad():
             parts = [None if e is None else localise(e, p) for e, p in zip(estimates, params, strict=True)]
-            return self._fold(parts, params, self._replicas())
+            return self._fold(parts, params, replicas)
 
     def attach(
         self,
@@ -253,9 +260,11 @@ class Sophia(Optimizer):
         holding: list[tuple[Tensor, Tensor]] = []
         steps: list[Tensor] = []
         for p in group["params"]:
+            if p.grad is None and not p.requires_grad:
+                continue
+            state = self._state(p)  # also without a gradient: a checkpoint of unused parameters must be loadable
             if p.grad is None:
                 continue
-            state = self._state(p)
             grad, exp_avg = localise(p.grad, p), local(state["exp_avg"])
             steps.append(state["step"])
             if p not in self._reach:
@@ -435,7 +444,7 @@ class Sophia(Optimizer):
 
     def _create_state(self) -> None:
         for p in self._parameters():
-            if p.grad is not None:
+            if p.requires_grad:
                 self._state(p)
 
     def _complete_state(self) -> None:
