@@ -3,19 +3,19 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia.optim import checks, fsdp, update
+from sophia.optim import checks, refresh, state, stats, update
 from sophia.optim.attach import Attachment
 from sophia.optim.clock import FIELDS, Clock
-from sophia.optim.curvature import Estimator, Forward, GaussNewtonBartlett, Hutchinson, Refresh
+from sophia.optim.curvature import Estimator, GaussNewtonBartlett, Hutchinson
 from sophia.optim.dtensor import local, localise
-from sophia.optim.reach import UNREACHED, Reach
+from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
 
 if TYPE_CHECKING:
@@ -262,15 +262,15 @@ class Sophia(Optimizer):
         for p in group["params"]:
             if p.grad is None and not p.requires_grad:
                 continue
-            state = self._state(p)  # also without a gradient: a checkpoint of unused parameters must be loadable
+            own = self._state(p)  # also without a gradient: a checkpoint of unused parameters must be loadable
             if p.grad is None:
                 continue
-            grad, exp_avg = localise(p.grad, p), local(state["exp_avg"])
-            steps.append(state["step"])
+            grad, exp_avg = localise(p.grad, p), local(own["exp_avg"])
+            steps.append(own["step"])
             if p not in self._reach:
                 holding.append((grad, exp_avg))
             else:
-                moving.append((local(p), grad, exp_avg, local(state["hessian"])))
+                moving.append((local(p), grad, exp_avg, local(own["hessian"])))
         if steps:
             torch._foreach_add_(steps, 1)
         if holding:
@@ -308,28 +308,14 @@ class Sophia(Optimizer):
             curvature_age: steps since the last accepted refresh.
             refused_refreshes: refreshes refused because an estimate was not finite.
         """
-        replicas = self._replicas()
-        device = local(self._parameters()[0]).device
-        totals = torch.zeros(4, dtype=torch.float32, device=device)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p not in self._reach or p not in self.state:
-                    continue
-                exp_avg, hessian = local(self.state[p]["exp_avg"]), local(self.state[p]["hessian"])
-                sums = update.statistics(
-                    exp_avg, hessian, gamma=group["gamma"], eps=group["eps"], scratch=self._scratch
-                )
-                totals += sums.to(device, non_blocking=True) * (replicas.shard_weight(p) if reduce else 1.0)
-        if reduce:
-            totals = replicas.sum_shards(totals)
-        clipped, coordinates, momentum, curvature = totals.unbind()
-        return {
-            "clip_fraction": clipped / coordinates.clamp_min(1),
-            "momentum_norm": momentum.sqrt(),
-            "curvature_norm": curvature.sqrt(),
-            "curvature_age": torch.tensor(float(self._clock.age), device=device),
-            "refused_refreshes": torch.tensor(float(self._clock.refused), device=device),
-        }
+        return stats.summarise(
+            self.param_groups,
+            self.state,
+            clock=self._clock,
+            reach=self._reach,
+            scratch=self._scratch,
+            replicas=self._replicas() if reduce else None,
+        )
 
     # ---- groups, state and copies
 
@@ -373,19 +359,10 @@ class Sophia(Optimizer):
     def _adopt(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
         saved = [index for group in loaded["param_groups"] for index in group["params"]]
         for index, p in zip(saved, self._parameters(), strict=True):
-            for name, value in loaded["state"].get(index, {}).items():
-                if name in ("exp_avg", "hessian"):
-                    self.state[p][name] = value.to(device=p.device, dtype=self._dtype_of_state(p), copy=True)
-                elif name == "step":  # its own copy: it is counted in place
-                    self.state[p][name] = torch.tensor(float(value), dtype=torch.float32)
-        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
-        for group, before in zip(self.param_groups, own, strict=True):
-            if "clock" not in group:  # from another optimizer, or another Sophia: its steps are ours, no refresh is
-                group.update({**FIELDS, "clock": int(max(steps, default=0))})
-                group.update(curvature_interval=before["curvature_interval"], seed=before["seed"])
-                group.update({name: before[name] for name in checks.PATHS})  # AdamW's paths are not ours
-            for name, value in before.items():
-                group.setdefault(name, value)
+            if index in loaded["state"]:
+                state.adopt_state(self.state[p], loaded["state"][index], p, self._dtype_of_state(p))
+        steps = [int(one["step"]) for one in self.state.values() if "step" in one]
+        state.adopt_settings(self.param_groups, own, steps=max(steps, default=0))
         self._complete_state()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -432,15 +409,7 @@ class Sophia(Optimizer):
         self._reach = Reach()
 
     def _state(self, p: Tensor) -> dict[str, Any]:
-        state = cast(dict[str, Any], self.state[p])
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        dtype = self._dtype_of_state(p)
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if "hessian" not in state:
-            state["hessian"] = torch.full_like(p, UNREACHED, dtype=dtype, memory_format=torch.preserve_format)
-        return state
+        return state.complete(self.state[p], p, self._dtype_of_state(p))
 
     def _create_state(self) -> None:
         for p in self._parameters():
@@ -464,7 +433,7 @@ class Sophia(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _dtype_of_state(self, p: Tensor) -> torch.dtype:
-        return self._state_dtype or torch.promote_types(p.dtype, torch.float32)
+        return state.dtype_of_state(p, self._state_dtype)
 
     def _replicas(self) -> Replicas:
         return Replicas(self._process_group, self._gradient_reduction)
@@ -477,41 +446,6 @@ class Sophia(Optimizer):
             )
         return self._estimator
 
-    def _refresh(
-        self,
-        estimator: Estimator,
-        forward: Any,
-        rows: Tensor | Sequence[int] | None,
-        replicas: Replicas,
-        autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
-    ) -> bool:
-        params = self._parameters()
-        forwards: list[Forward] = []
-        numbers, error = None, None
-        try:
-            forwards = checks.checked_forwards(forward)
-            numbers = checks.checked_rows(rows)
-        except ValueError as problem:
-            error = problem
-        counts = replicas.agree(error, [len(forwards)], local(params[0]).device)
-        if len({count for (count,) in counts}) > 1:
-            raise ValueError(
-                f"the ranks came with {[count for (count,) in counts]} forwards: each rank needs the same number, "
-                "if need be with a mask that counts nothing"
-            )
-        refresh = Refresh(
-            seed=self._clock.seed,
-            step=self._clock.time,
-            scale=self._clock.scale,
-            replicas=replicas,
-            rows=numbers,
-            autocast=autocast,
-        )
-        with fsdp.gathered_anew():
-            estimates = estimator.estimate(forwards, params, refresh)
-        with torch.no_grad():
-            return self._fold(estimates, params, replicas)
-
     def _refresh_attached(self, attachment: Attachment) -> None:
         replicas = self._replicas()
         device = local(self._parameters()[0]).device
@@ -523,7 +457,22 @@ class Sophia(Optimizer):
         if isinstance(estimator, GaussNewtonBartlett):  # slices of the inputs are cheaper chunks than masks
             estimator, parts = dataclasses.replace(estimator, chunks=1), estimator.chunks
         with attachment.replay(parts, with_mask=not self._wants_loss()) as forwards:
-            self._refresh(estimator, forwards, None, replicas, autocast=attachment.autocast)
+            self._refresh(estimator, forwards, None, replicas, attachment.autocast)
+
+    def _refresh(
+        self,
+        estimator: Estimator,
+        forward: Any,
+        rows: Tensor | Sequence[int] | None,
+        replicas: Replicas,
+        autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
+    ) -> bool:
+        params = self._parameters()
+        estimates = refresh.estimate(
+            estimator, forward, params, rows=rows, clock=self._clock, replicas=replicas, autocast=autocast
+        )
+        with torch.no_grad():
+            return self._fold(estimates, params, replicas)
 
     def _fold(self, estimates: Sequence[Tensor | None], params: Sequence[Tensor], replicas: Replicas) -> bool:
         """Fold local estimates in, unless one is not finite on some rank."""

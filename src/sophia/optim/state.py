@@ -1,0 +1,53 @@
+"""The state of a parameter: `step`, `exp_avg` (m) and `hessian` (h), from nothing and from a state dict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.optim import checks
+from sophia.optim.clock import FIELDS
+from sophia.optim.reach import UNREACHED
+
+
+def dtype_of_state(p: Tensor, chosen: torch.dtype | None) -> torch.dtype:
+    """The dtype of m and h: the one chosen, else fp32, and fp64 for fp64 parameters."""
+    return chosen or torch.promote_types(p.dtype, torch.float32)
+
+
+def complete(state: dict[str, Any], p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if "hessian" not in state:
+        state["hessian"] = torch.full_like(p, UNREACHED, dtype=dtype, memory_format=torch.preserve_format)
+    return state
+
+
+def adopt_state(state: dict[str, Any], loaded: dict[str, Any], p: Tensor, dtype: torch.dtype) -> None:
+    """Replace what torch has loaded by copies in the dtype of the state.
+
+    torch casts state to the parameter's dtype, which would round fp32 curvature to bf16, and shares tensors with the
+    state dict.
+    """
+    for name, value in loaded.items():
+        if name in ("exp_avg", "hessian"):
+            state[name] = value.to(device=p.device, dtype=dtype, copy=True)
+        elif name == "step":
+            state[name] = torch.tensor(float(value), dtype=torch.float32)
+
+
+def adopt_settings(groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], steps: int) -> None:
+    """Settings that loaded groups lack take the optimizer's own values.
+
+    Groups without a clock come from another optimizer, or another Sophia: its steps are ours, and no refresh is.
+    """
+    for group, before in zip(groups, own, strict=True):
+        if "clock" not in group:
+            group.update({**FIELDS, "clock": steps})
+            group.update({name: before[name] for name in ("curvature_interval", "seed", *checks.PATHS)})
+        for name, value in before.items():
+            group.setdefault(name, value)
