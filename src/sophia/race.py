@@ -116,7 +116,7 @@ class SophiaGRecipe:
 
     lr: float = 2e-3
     """Peak learning rate."""
-    gamma: float = 0.1
+    gamma: float = 0.5
     """Factor on the curvature; larger clips fewer coordinates."""
     beta1: float = 0.9
     """Decay of the average of gradients."""
