@@ -33,7 +33,7 @@ wheel-test: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet '$(TORCH)' dist/*.whl
-	cd dist && ../$(VENV)-wheel/bin/python -W error ../tests/wheel.py
+	cd dist && ../$(VENV)-wheel/bin/python ../tests/wheel.py
 	rm -rf $(VENV)-wheel
 
 clean:

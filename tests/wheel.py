@@ -4,11 +4,16 @@ import importlib.metadata
 import pathlib
 import subprocess
 import sys
+import warnings
 
-import torch
-from torch.nn import functional as F
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says that it misses numpy; we do not
+    import torch
+    from torch.nn import functional as F
 
-import sophia
+warnings.simplefilter("error")
+
+import sophia  # noqa: E402
 
 package = pathlib.Path(sophia.__file__).parent
 assert "site-packages" in package.parts, f"sophia comes from {package}, not from the wheel"
