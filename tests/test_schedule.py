@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 
 from sophia.schedule import warmup_cosine
@@ -11,8 +9,8 @@ def test_warmup_peak_and_end():
     assert factors[9] == 1
     assert factors[99] == pytest.approx(0.05)
     assert factors[100] == pytest.approx(0.05)
-    assert all(a < b for a, b in itertools.pairwise(factors))
-    assert all(a > b for a, b in itertools.pairwise(factors))
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[9:100] == sorted(set(factors[9:100]), reverse=True)
     assert factors[54] == pytest.approx(0.525, abs=0.01)  # half way down the cosine
 
 

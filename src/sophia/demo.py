@@ -59,7 +59,7 @@ def demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> None:
     console.print(results["verdict"])
     console.print(f"\n[bold]What they write[/] after {_PROMPT!r}:\n")
     console.print(sample, markup=False, highlight=False)
-    console.print(f"plot: {picture}   numbers: {settings.out / 'results.json'}", highlight=False)
+    console.print(f"plot: {picture}   numbers: {settings.out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
 def report(settings: RaceSettings, runs: Sequence[Run], text: Text) -> dict[str, Any]:
