@@ -17,12 +17,7 @@ from sophia.optim.gradients import graph_nodes, isolated_gradients
 _NOISES = ("gaussian", "rademacher")
 _PRODUCTS = ("auto", "double_backward", "finite_difference")
 # How torch says that an operation of the model has no second derivative.
-_NO_SECOND_DERIVATIVE = (
-    "double backward",
-    "is not implemented",
-    "once_differentiable",
-    "does not require grad",
-)
+_NO_SECOND_DERIVATIVE = ("double backward", "is not implemented", "once_differentiable")
 _LOSS_SCALE = 2.0**10  # on a mean loss; with Refresh.scale on top
 # Central differences err by O(δ²) from the third derivative and by O(ε/δ) from rounding: the cube root of the machine
 # epsilon (2^-8), a little less by measurement, balances them, relative to the size of a typical parameter.
