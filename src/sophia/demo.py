@@ -56,9 +56,9 @@ def demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> None:
     sample = _samples(runs, text, settings.race.seed)
     (settings.out / "sample.txt").write_text(sample, encoding="utf-8")
     console.print(_table(runs))
-    console.print(results["verdict"])
+    console.print(results["verdict"], highlight=False)
     console.print(f"\n[bold]What they write[/] after {_PROMPT!r}:\n")
-    console.print(sample, markup=False, highlight=False)
+    console.print(sample, markup=False, highlight=False, soft_wrap=True)
     console.print(f"plot: {picture}   numbers: {settings.out / 'results.json'}", highlight=False, soft_wrap=True)
 
 
