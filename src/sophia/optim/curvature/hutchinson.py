@@ -18,6 +18,8 @@ _NOISES = ("gaussian", "rademacher")
 _PRODUCTS = ("auto", "double_backward", "finite_difference")
 # How torch says that an operation of the model has no second derivative.
 _NO_SECOND_DERIVATIVE = ("double backward", "is not implemented", "once_differentiable")
+# Operations that refuse even the first pass, each in words of its own, when a second one is to follow.
+_PLAIN_ONLY = {"CheckpointFunction": "reentrant activation checkpoints", "CompiledFunction": "compiled models"}
 _LOSS_SCALE = 2.0**10  # on a mean loss; with Refresh.scale on top
 # Central differences err by O(δ²) from the third derivative and by O(ε/δ) from rounding: the cube root of the machine
 # epsilon (2^-8), a little less by measurement, balances them, relative to the size of a typical parameter.
@@ -122,8 +124,10 @@ def _double_backward(
 
 def _product_of_one(loss: Tensor, theta: list[Tensor], u: list[Tensor], scale: float) -> list[Tensor | None]:
     """scale · H u of one loss; None for parameters that the loss does not use."""
-    if any("CheckpointFunction" in node.name() for node in graph_nodes(loss)):
-        raise _NoSecondDerivative("reentrant activation checkpoints run in plain backward passes only")
+    for node in graph_nodes(loss):
+        for kind, what in _PLAIN_ONLY.items():
+            if kind in node.name():
+                raise _NoSecondDerivative(f"{what} run in plain backward passes only")
     with torch.enable_grad(), without_autocast(loss.device):
         # A factor that requires a gradient: so every operation's backward is told that a second one will follow, and
         # those that cannot have one (once_differentiable) say so instead of silently counting as linear.
