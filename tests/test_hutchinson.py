@@ -76,7 +76,7 @@ def test_finite_differences_in_fp32():
             exact.flat(Hutchinson(product=product).estimate([forward], params, exact.refresh(step=step)))
             for product in ("double_backward", "finite_difference")
         ]
-        assert (kinds[1] - kinds[0]).norm() < 1e-2 * kinds[0].norm()
+        assert (kinds[1] - kinds[0]).norm() < 1e-3 * kinds[0].norm()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 

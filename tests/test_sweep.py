@@ -62,7 +62,8 @@ def test_the_report_names_every_trial_and_the_best(tmp_path):
 def test_the_demo_runs_with_the_best_of_the_committed_search():
     search = json.loads((ROOT / "benchmarks/results/demo-sweep.json").read_text())
     assert search["settings"] == dataclasses.asdict(RaceSettings()), "the race was changed after the search"
-    assert (ROOT / "docs/demo-sweep.md").exists()
+    page = (ROOT / "docs/demo-sweep.md").read_text()
+    assert page == sweep.markdown(search), "the page does not show the committed search"
     counts = set()
     for recipe in (AdamWRecipe(), SophiaGRecipe()):
         own = [trial for trial in search["trials"] if trial["optimizer"] == recipe.name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Elements of a slice on the CPU: its p, g, m, h and the scratch stay in the cache from one operation to the next.
-# Full-size temporaries instead cost about ten times as much, most of it page faults (docs/decisions.md).
+# Full-size temporaries instead cost at least twice as much (docs/decisions.md).
 BLOCK = 1 << 18
 # Elements of a foreach bucket: bounds the temporaries that `_foreach_` operations allocate.
 BUCKET = 1 << 26
