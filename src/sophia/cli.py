@@ -1,17 +1,48 @@
 """The command `sophia`: which subcommands there are, and how errors end.
 
 A subcommand is a function of one frozen dataclass of settings, whose field docstrings are its --help; it is one line in
-`_app`. It needs the extra "train", so it is imported only when the command line runs.
+`COMMANDS` or `BENCHES`. Its module is imported only when it is called: most of them need the extra "train".
 """
 
+import difflib
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sophia import __version__
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
-_EXTRA = ("matplotlib", "numpy", "rich", "tokenizers", "tyro")
+_EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tomli", "tomli_w", "tyro", "zstandard")
+
+
+class Command(NamedTuple):
+    """One subcommand."""
+
+    module: str
+    """Where its function is."""
+    function: str
+    """Takes the settings; with `parses`, the list of arguments."""
+    summary: str
+    """One line for the list of subcommands."""
+    parses: bool = False
+    """Whether the function reads the arguments itself."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "demo": Command("sophia.demo", "demo", "a first race of Sophia-G against AdamW, offline, in minutes"),
+    "train": Command(
+        "sophia.train_command", "main", "train a GPT-2, from its start or its last checkpoint", parses=True
+    ),
+    "eval": Command("sophia.eval_command", "evaluate_command", "loss, perplexity and bits per byte of a run"),
+    "sample": Command("sophia.sample_command", "sample", "text from a trained model"),
+    "export": Command("sophia.export_command", "export", "a folder that transformers loads"),
+    "bench": Command("sophia.cli", "bench", "measurements, each against its yardstick in the same run", parses=True),
+}
+BENCHES: Mapping[str, Command] = {
+    "step": Command("sophia.bench", "step", "the optimizer's step against torch's fused AdamW"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sophia {__version__}")
         return 0
     try:
-        _app(arguments)
+        _dispatch(
+            arguments,
+            COMMANDS,
+            prog="sophia",
+            about="Sophia pre-trains language models: an optimizer, a trainer, and a fair race against AdamW.",
+        )
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.split(".")[0] not in _EXTRA:
             raise
@@ -34,21 +70,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _app(arguments: list[str]) -> None:
-    from tyro.extras import SubcommandApp  # noqa: PLC0415 - see above
-
-    from sophia import bench, demo  # noqa: PLC0415
-
-    benches = SubcommandApp()
-    benches.command(name="step")(bench.step)
-    app = SubcommandApp()
-    app.command(name="demo")(demo.demo)
-    app.command(benches, name="bench")
-    app.cli(
-        args=arguments,
-        prog="sophia",
-        description="Sophia pre-trains language models: an optimizer, and a fair race against AdamW.",
+def bench(arguments: Sequence[str]) -> None:
+    """Run `sophia bench ARGUMENTS`."""
+    _dispatch(
+        arguments, BENCHES, prog="sophia bench", about="Measurements, each against its yardstick in the same run."
     )
+
+
+def _dispatch(arguments: Sequence[str], commands: Mapping[str, Command], *, prog: str, about: str) -> None:
+    name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_help(commands, prog=prog, about=about))
+        return
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        raise ValueError(f"{prog} has no command {name!r}: {hint}")
+    command = commands[name]
+    function = getattr(importlib.import_module(command.module), command.function)
+    if command.parses:
+        function(rest)
+        return
+    import tyro  # noqa: PLC0415 - see above
+
+    tyro.cli(function, prog=f"{prog} {name}", args=rest)
+
+
+def _help(commands: Mapping[str, Command], *, prog: str, about: str) -> str:
+    lines = [f"  {name:9} {command.summary}" for name, command in commands.items()]
+    return "\n".join([f"usage: {prog} COMMAND …", "", about, "", *lines, "", f"{prog} COMMAND --help tells more."])
 
 
 def _refuse(message: str) -> int:
