@@ -31,7 +31,7 @@ def test_help(arguments, words, capsys):
     assert all(word in shown for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["demo", "--stps", "3"], ["demo", "--steps", "many"], ["bench"]])
+@pytest.mark.parametrize("arguments", [[], ["demo", "--stps", "3"], ["demo", "--steps", "many"], ["bench"]])
 def test_unknown_words_end_with_2_and_help(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -48,6 +48,8 @@ def test_unknown_words_end_with_2_and_help(arguments, capsys):
         (["demo", "--text-bytes", "10"], ["max_bytes 10"]),
         (["demo", "--out", "/dev/null/here"], ["/dev/null"]),
         (["bench", "step", "--rounds", "0"], ["rounds is 0", "at least 1"]),
+        (["trian"], ["no command 'trian'", "did you mean train?"]),
+        (["bench", "sleep"], ["sophia bench has no command 'sleep'", "step"]),
     ],
 )
 def test_user_errors_are_one_line_and_2(arguments, words, capsys, tmp_path, monkeypatch):
@@ -73,19 +75,19 @@ def test_without_the_extra_it_names_it(monkeypatch, capsys):
 
 
 def test_an_interrupt_ends_quietly(monkeypatch, capsys):
-    def interrupt(arguments):
+    def interrupt(*arguments, **names):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_app", interrupt)
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "sophia: interrupted\n"
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch):
-    def broken(arguments):
+    def broken(*arguments, **names):
         raise ModuleNotFoundError("No module named 'sophia.typo'", name="sophia.typo")
 
-    monkeypatch.setattr(cli, "_app", broken)
+    monkeypatch.setattr(cli, "_dispatch", broken)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["demo"])
 

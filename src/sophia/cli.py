@@ -6,6 +6,7 @@ A subcommand is a function of one frozen dataclass of settings, whose field docs
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from sophia import __version__
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141
 _EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tomli", "tomli_w", "tyro", "zstandard")
 
 
@@ -32,6 +34,7 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "demo": Command("sophia.demo", "demo", "a first race of Sophia-G against AdamW, offline, in minutes"),
+    "prepare": Command("sophia.prepare", "run", "text into token shards, on all cores; or verify them"),
     "train": Command(
         "sophia.train_command", "main", "train a GPT-2, from its start or its last checkpoint", parses=True
     ),
@@ -62,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing.name is None or missing.name.split(".")[0] not in _EXTRA:
             raise
         return _refuse(f"the command line needs {missing.name}, which is not installed: pip install 'sophia-lm[train]'")
+    except BrokenPipeError:  # the reader of our output, `head` for example, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except (ValueError, OSError) as problem:
         return _refuse(str(problem))
     except KeyboardInterrupt:
@@ -78,10 +84,10 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def _dispatch(arguments: Sequence[str], commands: Mapping[str, Command], *, prog: str, about: str) -> None:
-    name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
-    if name in ("-h", "--help"):
-        print(_help(commands, prog=prog, about=about))
-        return
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(commands, prog=prog, about=about), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else _USER_ERROR)
+    name, rest = arguments[0], list(arguments[1:])
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"

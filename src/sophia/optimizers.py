@@ -1,0 +1,171 @@
+"""The optimizers that the trainer offers, behind one face: settings in; step, learning rate, curvature and state."""
+
+import fnmatch
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sophia import SophiaG, SophiaH
+from sophia.config import OptimizerSettings
+from sophia.curvature import GaussNewtonBartlett
+from sophia.optim.lion import Lion
+from sophia.optim.sophia import Sophia
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureBatch:
+    """This rank's sequences of a curvature estimate."""
+
+    inputs: Tensor
+    """Ids, [rows, context]; one row at least, also where none counts."""
+    targets: Tensor
+    """The tokens that follow, [rows, context]."""
+    rows: Sequence[int]
+    """The global index of each row."""
+    chunks: Sequence[int]
+    """The chunk of each row; -1 for a row that does not count."""
+
+
+class Optimizers:
+    """One rule for all parameters, which may be two of torch's optimizers (Muon for matrices, AdamW for the rest)."""
+
+    def __init__(self, settings: OptimizerSettings, model: nn.Module, *, seed: int) -> None:
+        assert None not in (settings.lr, settings.beta1, settings.beta2, settings.weight_decay)  # resolved
+        self.settings = settings
+        self.parts = _build(settings, [(name, p) for name, p in model.named_parameters() if p.requires_grad], seed)
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def set_lr(self, factor: float) -> float:
+        """Set every learning rate to ``factor`` times its peak; returns the first one's."""
+        for part, peaks in zip(self.parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        return float(self.parts[0].param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        for part in self.parts:
+            part.step()
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the next step wants a curvature estimate first."""
+        return any(part.curvature_due for part in self.parts if isinstance(part, Sophia))
+
+    def refresh(self, model: nn.Module, batch: CurvatureBatch) -> None:
+        """Estimate the curvature from this batch; all ranks call it together."""
+        (sophia,) = self.parts
+        assert isinstance(sophia, Sophia)
+        if isinstance(sophia, SophiaH):
+            sophia.refresh_curvature(functools.partial(_mean_loss, model, batch.inputs, batch.targets))
+            return
+        forwards, rows = [], []
+        for chunk in range(self.settings.curvature_chunks or 1):
+            members = [place for place, its in enumerate(batch.chunks) if its == chunk]
+            # A rank without a row of this chunk goes along with one that does not count.
+            kept = members or [0]
+            forwards.append(functools.partial(_masked_logits, model, batch.inputs[kept], bool(members)))
+            rows += [batch.rows[place] for place in kept]
+        sophia.refresh_curvature(forwards, rows=rows)
+
+    def clip_fraction(self) -> float | None:
+        """Sophia: share of the coordinates clipped in the last step, over all ranks; None for the others."""
+        (first, *_) = self.parts
+        return float(first.stats(reduce=True)["clip_fraction"]) if isinstance(first, Sophia) else None
+
+
+def _mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def _masked_logits(model: nn.Module, inputs: Tensor, counts: bool) -> tuple[Tensor, Tensor]:
+    return model(inputs), torch.full(inputs.shape, counts, device=inputs.device)
+
+
+def _build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> list[torch.optim.Optimizer]:
+    lr: Any = settings.lr
+    betas: Any = (settings.beta1, settings.beta2)
+    groups = parameter_groups(settings, named)
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=_can_fuse(named))]
+    if settings.optimizer == "lion":
+        return [Lion(groups, lr=lr, betas=betas)]
+    if settings.optimizer == "muon":
+        return _muon(settings, groups)
+    rest: dict[str, Any] = {"lr": lr, "betas": betas, "gamma": settings.gamma, "seed": seed}
+    rest["curvature_interval"] = settings.curvature_interval
+    if settings.optimizer == "sophia-h":
+        return [SophiaH(groups, **rest)]
+    return [SophiaG(groups, **rest, estimator=GaussNewtonBartlett(noise=settings.curvature_noise))]
+
+
+def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices; AdamW on embeddings and vectors, at the same learning rate.
+
+    One learning rate serves both, because Muon's update is scaled to the root mean square of AdamW's ("Muon is Scalable
+    for LLM Training", arXiv 2502.16982).
+    """
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for group in groups:
+        for wanted, chosen in ((True, matrices), (False, others)):
+            params = [(n, p) for n, p in group["params"] if (p.ndim == 2 and "blocks." in n) is wanted]
+            if params:
+                chosen.append({**group, "params": params})
+    lr: Any = settings.lr
+    fused = _can_fuse([named for group in others for named in group["params"]])
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=settings.beta1 or 0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+def parameter_groups(settings: OptimizerSettings, named: NamedParameters) -> list[dict[str, Any]]:
+    """Named parameters by their weight decay: exceptions by name first, then matrices decay and vectors do not.
+
+    Raises:
+        ValueError: An exception is not PATTERN=NUMBER, or matches no parameter.
+    """
+    exceptions = [_exception(text) for text in settings.decay_by_name]
+    matched = [False] * len(exceptions)
+    groups: dict[float, NamedParameters] = {}
+    for name, parameter in named:
+        decay = float(settings.weight_decay or 0.0) if parameter.ndim >= 2 else 0.0
+        for index, (pattern, value) in enumerate(exceptions):
+            if fnmatch.fnmatchcase(name.removeprefix("module."), pattern):
+                decay, matched[index] = value, True
+                break
+        groups.setdefault(decay, []).append((name.removeprefix("module."), parameter))
+    for (pattern, _), hit in zip(exceptions, matched, strict=True):
+        if not hit:
+            names = ", ".join(name for name, _ in named[:4])
+            raise ValueError(
+                f"decay_by_name: {pattern} matches no parameter that an earlier pattern left; names begin with {names}"
+            )
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+
+
+def _exception(text: str) -> tuple[str, float]:
+    pattern, equals, value = text.rpartition("=")
+    try:
+        decay = float(value)
+    except ValueError:
+        decay = -1.0
+    if not equals or not pattern or not 0.0 <= decay < float("inf"):
+        raise ValueError(f"decay_by_name: {text!r} is not PATTERN=DECAY with a decay of at least 0, as 'tokens.*=0'")
+    return pattern, decay
+
+
+def _can_fuse(named: NamedParameters) -> bool:
+    return all(p.device.type in ("cpu", "cuda") for _, p in named)

@@ -1,0 +1,189 @@
+"""Settings with nothing left open: what the preset, the data and the number of ranks decide."""
+
+import dataclasses
+from dataclasses import replace
+
+from sophia.config import TrainSettings, check_positive
+from sophia.data.shards import Dataset
+from sophia.distributed import World
+from sophia.import_hf import import_gpt2
+from sophia.model import GPTConfig, padded_vocabulary
+from sophia.presets import Preset, preset
+from sophia.schedule import lr_factor
+
+# Every device gets the same padding, so that a checkpoint fits wherever it goes. A multiple of 64 serves tensor cores
+# (50257 becomes the 50304 of the paper) and wastes little on a small vocabulary.
+_VOCABULARY_MULTIPLE = 64
+# A run is divided into so many parts by evaluations and checkpoints, which are neither too close nor too far.
+_PARTS = 20
+_SHORTEST_PART = 25
+_LONGEST_PART = 500
+_CURVATURE_SHARE = 8
+_CURVATURE_CHUNKS = 4
+
+
+def resolve(settings: TrainSettings, dataset: Dataset, here: World) -> TrainSettings:
+    """Fill in what is open, and refuse what does not fit together.
+
+    Raises:
+        ValueError: A setting is out of its range, or does not fit the data, the model or the ranks.
+    """
+    base = preset(settings.model.model)
+    settings = _with_model(settings, base)
+    settings = _with_lengths(settings, base)
+    settings = _with_optimizer(settings, base, here)
+    _check(settings, dataset, here)
+    return settings
+
+
+def model_config(settings: TrainSettings, dataset: Dataset) -> GPTConfig:
+    """The model of resolved settings, with the data's vocabulary."""
+    shape = settings.model
+    assert (
+        shape.context is not None and shape.layers is not None and shape.heads is not None and shape.width is not None
+    )
+    return GPTConfig(
+        vocab_size=dataset.vocab_size,
+        padded_vocab_size=padded_vocabulary(dataset.vocab_size, _VOCABULARY_MULTIPLE),
+        context=shape.context,
+        layers=shape.layers,
+        heads=shape.heads,
+        width=shape.width,
+        bias=shape.bias,
+        dropout=shape.dropout,
+        activation=shape.activation,
+        attention_scale_by_layer=bool(shape.attention_scale_by_layer),
+        activation_checkpointing=shape.activation_checkpointing,
+    )
+
+
+def rows_per_step(settings: TrainSettings) -> int:
+    """Sequences in a global batch."""
+    assert settings.batch.tokens_per_step is not None and settings.model.context is not None
+    return settings.batch.tokens_per_step // settings.model.context
+
+
+def _with_model(settings: TrainSettings, base: Preset) -> TrainSettings:
+    shape = settings.model
+    if shape.init_from is None:
+        open_fields = {
+            name: getattr(base, name)
+            for name in ("layers", "heads", "width", "context", "attention_scale_by_layer")
+            if getattr(shape, name) is None
+        }
+        return replace(settings, model=replace(shape, **open_fields))
+    config, _ = import_gpt2(shape.init_from)
+    taken = {name: getattr(config, name) for name in ("layers", "heads", "width", "context")}
+    taken |= {name: getattr(config, name) for name in ("bias", "activation", "attention_scale_by_layer")}
+    for name in ("layers", "heads", "width", "context"):
+        asked = getattr(shape, name)
+        if asked is not None and asked != taken[name]:
+            raise ValueError(f"{name} is {asked}, but the model in {shape.init_from} has {taken[name]}: leave it out")
+    return replace(settings, model=replace(shape, **taken))
+
+
+def _with_lengths(settings: TrainSettings, base: Preset) -> TrainSettings:
+    check_positive(settings.schedule, "steps")
+    check_positive(settings.evaluation, "eval_interval", "eval_windows")
+    check_positive(settings.checkpoints, "checkpoint_interval", "keep_last")
+    check_positive(settings.logging, "log_interval")
+    check_positive(settings.guards, "max_skipped_steps")
+    check_positive(settings.batch, "tokens_per_step")
+    steps = settings.schedule.steps or base.steps
+    warmup = settings.schedule.warmup_steps
+    if warmup is None:
+        warmup = round(steps * base.warmup_steps / base.steps) if steps > 1 else 0
+    every = min(max(_SHORTEST_PART, steps // _PARTS), _LONGEST_PART)
+    return replace(
+        settings,
+        schedule=replace(settings.schedule, steps=steps, warmup_steps=warmup),
+        batch=replace(settings.batch, tokens_per_step=settings.batch.tokens_per_step or base.tokens_per_step),
+        evaluation=replace(settings.evaluation, eval_interval=settings.evaluation.eval_interval or every),
+        checkpoints=replace(
+            settings.checkpoints, checkpoint_interval=settings.checkpoints.checkpoint_interval or every
+        ),
+    )
+
+
+def _with_optimizer(settings: TrainSettings, base: Preset, here: World) -> TrainSettings:
+    chosen = settings.optimizer
+    fields = {one.name for one in dataclasses.fields(chosen)}
+    recipe = base.recipes.get(chosen.optimizer)
+    if recipe is None:
+        known = ", ".join(base.recipes)
+        raise ValueError(f"the preset {base.name} has no settings for {chosen.optimizer}: it has them for {known}")
+    assert recipe.keys() <= fields
+    chosen = replace(chosen, **{name: value for name, value in recipe.items() if getattr(chosen, name) is None})
+    is_sophia = chosen.optimizer.startswith("sophia")
+    for name in ("gamma", "curvature_rows", "curvature_chunks"):
+        if not is_sophia and getattr(chosen, name) is not None:
+            raise ValueError(f"{name} has no meaning for {chosen.optimizer}: leave it out, or choose sophia-g")
+    if chosen.optimizer == "sophia-h" and chosen.curvature_chunks is not None:
+        raise ValueError(
+            "curvature_chunks has no meaning for sophia-h, whose noise belongs to parameters: leave it out"
+        )
+    if is_sophia:
+        check_positive(chosen, "curvature_rows", "curvature_chunks")
+        chosen = replace(chosen, **_curvature(settings, chosen.curvature_rows, here))
+    return replace(settings, optimizer=chosen)
+
+
+def _curvature(settings: TrainSettings, rows: int | None, here: World) -> dict[str, int]:
+    total = rows_per_step(settings)
+    asked = rows
+    if rows is None:
+        rows = max(min(total, _CURVATURE_CHUNKS), total // _CURVATURE_SHARE)
+    if settings.optimizer.optimizer == "sophia-h":
+        if asked is None:  # its mean loss weighs every rank alike, so each needs as many rows
+            rows = min(-(-rows // here.size) * here.size, total)
+        if rows % here.size:
+            raise ValueError(
+                f"curvature_rows is {rows}, which cannot be divided equally among {here.size} ranks, as sophia-h needs "
+                f"it: choose a multiple of {here.size}"
+            )
+    if rows > total:
+        raise ValueError(f"curvature_rows is {rows}, but a step has {total} sequences: choose at most that")
+    if settings.optimizer.optimizer == "sophia-h":
+        return {"curvature_rows": rows}
+    chunks = settings.optimizer.curvature_chunks or min(_CURVATURE_CHUNKS, rows)
+    if chunks > rows:
+        raise ValueError(f"curvature_chunks is {chunks}, more than the {rows} curvature_rows: choose at most that")
+    return {"curvature_rows": rows, "curvature_chunks": chunks}
+
+
+def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
+    batch, shape = settings.batch, settings.model
+    assert batch.tokens_per_step is not None and shape.context is not None
+    if batch.tokens_per_step % shape.context:
+        near = max(1, round(batch.tokens_per_step / shape.context)) * shape.context
+        raise ValueError(
+            f"tokens_per_step is {batch.tokens_per_step}, not a multiple of the context {shape.context}: "
+            f"choose for example {near}"
+        )
+    if batch.micro_batch != "auto" and batch.micro_batch < 1:
+        raise ValueError(f"micro_batch is {batch.micro_batch}; it must be at least 1, or auto")
+    if batch.seed < 0:
+        raise ValueError(f"seed is {batch.seed}; it must not be negative")
+    if settings.guards.spike_sigmas <= 0:
+        raise ValueError(f"spike_sigmas is {settings.guards.spike_sigmas}; it must be positive")
+    if settings.optimizer.max_grad_norm < 0:
+        raise ValueError(f"max_grad_norm is {settings.optimizer.max_grad_norm}; it must be positive, or 0 for none")
+    if settings.checkpoints.keep_every < 0:
+        raise ValueError(f"keep_every is {settings.checkpoints.keep_every}; it must be at least 0")
+    here.rows(rows_per_step(settings))
+    model_config(settings, dataset)
+    factor(settings, 0)
+
+
+def factor(settings: TrainSettings, step: int) -> float:
+    """The schedule's factor on the peak learning rate for the update after ``step`` earlier ones."""
+    plan = settings.schedule
+    assert plan.steps is not None and plan.warmup_steps is not None
+    return lr_factor(
+        plan.schedule,
+        step,
+        total_steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        final_fraction=plan.final_lr_fraction,
+        decay_fraction=plan.decay_fraction,
+    )

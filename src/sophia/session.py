@@ -1,0 +1,301 @@
+"""A training session: everything that a run needs, built from its settings, fresh or from a checkpoint."""
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophia import __version__, checkpoint, micro_batch, snapshot
+from sophia.config import CHANGEABLE, TrainSettings, differences, write_toml
+from sophia.data.loader import Batches, ValidationWindows, validation_windows
+from sophia.data.shards import Dataset
+from sophia.distributed import World, spread
+from sophia.import_hf import check_tokenizer, import_gpt2
+from sophia.model import GPT, GPTConfig
+from sophia.optimizers import Optimizers
+from sophia.resolve import model_config, resolve, rows_per_step
+from sophia.run import RunFolder
+from sophia.step import Stepper
+
+Note = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run in progress."""
+
+    settings: TrainSettings
+    """Nothing left open."""
+    folder: RunFolder
+    """Where its files go."""
+    here: World
+    """The ranks."""
+    dataset: Dataset
+    """What it learns from."""
+    config: GPTConfig
+    """The model's shape."""
+    model: nn.Module
+    """The model as the engine (DDP, FSDP2) calls it."""
+    optimizers: Optimizers
+    """What changes it."""
+    stepper: Stepper
+    """Computes gradients."""
+    batches: Batches
+    """Training text by number of the step."""
+    validation: ValidationWindows
+    """Text to evaluate on."""
+    resumed: checkpoint.Checkpoint | None
+    """What the run goes on from."""
+
+
+def start(settings: TrainSettings, here: World, note: Note) -> Session:
+    """A new run in a new folder.
+
+    Raises:
+        ValueError: The settings do not fit, or the folder exists. Nothing was written then.
+    """
+    dataset = _open(settings)
+    asked = settings.optimizer.curvature_chunks
+    settings = resolve(settings, dataset, here)
+    folder = RunFolder(here.share(settings.out or _free_folder(settings)))
+    if folder.path.exists():
+        raise ValueError(
+            f"the run folder {folder.path} exists: continue it with --resume {folder.path}, or choose another --out"
+        )
+    session = _build(settings, folder, here, dataset, None, note)
+    _fit_chunks(session, asked)
+    error: Exception | None = None
+    if here.main:
+        try:
+            _write_folder(session)
+        except OSError as problem:
+            error = problem
+    here.agree(error)
+    return session
+
+
+def resume(path: Path, settings: TrainSettings, here: World, note: Note) -> Session:
+    """Continue a run from its latest checkpoint.
+
+    Args:
+        path: The run folder.
+        settings: The run's own, with what the command line changed.
+        here: The ranks, as many as it had or others.
+        note: Tells the user something.
+
+    Raises:
+        ValueError: The settings would make it another run, the data is other data, or the checkpoint is damaged.
+    """
+    folder = RunFolder(path)
+    changed = {name: pair for name, pair in differences(folder.settings(), settings).items() if name not in CHANGEABLE}
+    if changed:
+        name, (old, new) = next(iter(changed.items()))
+        raise ValueError(
+            f"{name} is {new}, but the run {path} was started with {old}: leave it out, or start a new run with it"
+        )
+    dataset = _open(settings)
+    loaded = checkpoint.read(checkpoint.choose(folder.checkpoints))
+    if dataset.fingerprint != loaded.state["data"]:
+        raise ValueError(
+            f"{settings.data} is not the data that {path} was trained on (its fingerprint begins with "
+            f"{dataset.fingerprint[:12]}, the run's with {loaded.state['data'][:12]}): give the original with --data, "
+            "or start a new run"
+        )
+    settings = resolve(settings, dataset, here)
+    for name, then, now in _other_conditions(loaded.state["conditions"], here):
+        note(f"resumed with {name} {now} instead of {then}: the run goes on, but not bit for bit")
+    session = _build(settings, folder, here, dataset, loaded, note)
+    restore(session, loaded)
+    return session
+
+
+def restore(session: Session, loaded: checkpoint.Checkpoint) -> None:
+    """Give model and optimizers the state of a checkpoint.
+
+    Raises:
+        ValueError: It is one of another model.
+    """
+    snapshot.load_weights(session.model, loaded.model)
+    snapshot.load_optimizers(session.model, session.optimizers, loaded.optimizer, loaded.state["optimizers"])
+
+
+def conditions(here: World) -> dict[str, Any]:
+    """What a bitwise resume needs to find again."""
+    return {
+        "ranks": here.size,
+        "device": torch.cuda.get_device_name() if here.device.type == "cuda" else here.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sophia": __version__,
+    }
+
+
+def _other_conditions(then: dict[str, Any], here: World) -> list[tuple[str, Any, Any]]:
+    now = conditions(here)
+    return [(name, then.get(name), now[name]) for name in now if then.get(name) != now[name]]
+
+
+def _open(settings: TrainSettings) -> Dataset:
+    if settings.data is None:
+        raise ValueError("no data: give --data FOLDER, which sophia prepare wrote")
+    return Dataset.open(settings.data)
+
+
+def _free_folder(settings: TrainSettings) -> Path:
+    base = f"{settings.model.model}-{settings.optimizer.optimizer}"
+    number = 1
+    while (path := Path("runs") / f"{base}-{number}").exists():
+        number += 1
+    return path
+
+
+def _write_folder(session: Session) -> None:
+    path = session.folder.path
+    path.mkdir(parents=True)
+    assert session.settings.data is not None
+    # Absolute, so that the run can be resumed from anywhere.
+    settings = replace(session.settings, data=session.settings.data.resolve(), out=path.resolve())
+    write_toml(settings, session.folder.config)
+    shutil.copyfile(session.dataset.folder / "tokenizer.json", session.folder.tokenizer)
+
+
+def _build(
+    settings: TrainSettings,
+    folder: RunFolder,
+    here: World,
+    dataset: Dataset,
+    resumed: checkpoint.Checkpoint | None,
+    note: Note,
+) -> Session:
+    config = model_config(settings, dataset)
+    total = rows_per_step(settings)
+    batches = Batches(dataset, context=config.context, rows=total, seed=settings.batch.seed)
+    windows = validation_windows(dataset, context=config.context, limit=settings.evaluation.eval_windows)
+    precision = _precision(settings.machine.precision, here.device)
+    if settings.machine.deterministic:
+        _make_deterministic()
+    model = GPT(config, torch.Generator().manual_seed(settings.batch.seed)).to(here.device)
+    if settings.model.init_from is not None and resumed is None:
+        _load_foreign(model, settings.model.init_from, dataset)
+    fsdp = here.size > 1 and settings.machine.parallel == "fsdp"
+    if fsdp and settings.optimizer.optimizer == "muon":
+        raise ValueError("muon cannot run under fsdp: torch's Muon needs whole matrices; choose --parallel ddp")
+    if compiles(settings, here.device, note):
+        # One graph for each shape, whatever was seen before: a resumed run must not compile differently.
+        for part in model.blocks if fsdp else [model]:
+            part.compile(dynamic=False)
+    engine = spread(model, here, settings.machine.parallel, precision=precision)
+    optimizers = Optimizers(settings.optimizer, engine, seed=settings.batch.seed)
+    own = here.rows(total)
+    stepper = Stepper(
+        model=engine,
+        optimizers=optimizers,
+        here=here,
+        rows=own,
+        total_rows=total,
+        micro_batch=len(own) if settings.batch.micro_batch == "auto" else min(settings.batch.micro_batch, len(own)),
+        max_grad_norm=settings.optimizer.max_grad_norm,
+        seed=settings.batch.seed,
+        autocast=functools.partial(_autocast, here.device.type, precision),
+    )
+    session = Session(
+        settings=settings,
+        folder=folder,
+        here=here,
+        dataset=dataset,
+        config=config,
+        model=engine,
+        optimizers=optimizers,
+        stepper=stepper,
+        batches=batches,
+        validation=windows,
+        resumed=resumed,
+    )
+    if settings.batch.micro_batch == "auto":
+        stepper.micro_batch = here.least(micro_batch.largest(stepper, session))
+    return session
+
+
+def _fit_chunks(session: Session, asked: int | None) -> None:
+    """Make as many curvature chunks as keep each within a micro-batch; part of what the run is, so for new runs only.
+
+    Raises:
+        ValueError: Fewer were asked for.
+    """
+    chosen, size = session.settings.optimizer, session.stepper.micro_batch
+    if chosen.curvature_chunks is None or chosen.curvature_rows is None:
+        return
+    needed = -(-chosen.curvature_rows // (size * session.here.size))
+    if asked is not None and asked < needed:
+        raise ValueError(
+            f"curvature_chunks {asked} makes chunks of {-(-chosen.curvature_rows // asked)} sequences, and each rank "
+            f"computes {size} at a time: choose at least {needed}, fewer --curvature-rows or a larger --micro-batch"
+        )
+    chosen = replace(chosen, curvature_chunks=max(chosen.curvature_chunks, needed))
+    session.settings = replace(session.settings, optimizer=chosen)
+    session.optimizers.settings = chosen
+
+
+def _load_foreign(model: GPT, folder: Path, dataset: Dataset) -> None:
+    check_tokenizer(folder, dataset.tokenizer())
+    config, weights = import_gpt2(folder)
+    if config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the model in {folder} has {config.vocab_size} token ids and the data {model.config.vocab_size}: prepare "
+            "the data with that model's tokenizer"
+        )
+    padding = model.config.head_rows - weights["tokens.weight"].shape[0]
+    weights["tokens.weight"] = nn.functional.pad(weights["tokens.weight"], (0, 0, 0, padding))
+    snapshot.load_weights(model, {name: value for name, value in weights.items() if name != "head.weight"})
+
+
+def compiles(settings: TrainSettings, device: torch.device, note: Note) -> bool:
+    """Whether to use torch.compile.
+
+    Raises:
+        ValueError: It was asked for and cannot work here.
+    """
+    wanted = settings.machine.compile
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    obstacle = _compile_obstacle(device)
+    if obstacle is None:
+        return True
+    if wanted == "on":
+        raise ValueError(f"compile is on, but torch.compile cannot work here: {obstacle}; choose --compile off")
+    note(f"without torch.compile: {obstacle}")
+    return False
+
+
+def _compile_obstacle(device: torch.device) -> str | None:
+    if device.type == "mps":
+        return "its support for MPS is incomplete"
+    if device.type == "cuda":
+        return None if torch.utils._triton.has_triton() else "triton is missing or does not know this GPU"
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
+
+
+def _precision(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def _autocast(device: str, precision: torch.dtype) -> AbstractContextManager[object]:
+    if precision == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device, precision)
+
+
+def _make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for it
+    torch.use_deterministic_algorithms(True)

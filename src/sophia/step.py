@@ -1,0 +1,92 @@
+"""One update's gradients: the loss of a global batch, micro-batch by micro-batch, and the curvature before it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sophia.distributed import World, synchronized, total_norm
+from sophia.optim.noise import stream_key
+from sophia.optimizers import CurvatureBatch, Optimizers
+
+
+@dataclass(kw_only=True)
+class Stepper:
+    """Computes what an update needs from a rank's rows of a global batch."""
+
+    model: nn.Module
+    """The model as the engine (DDP, FSDP2) calls it."""
+    optimizers: Optimizers
+    """What takes the step."""
+    here: World
+    """The ranks."""
+    rows: range
+    """The global rows that this rank holds."""
+    total_rows: int
+    """Rows of the global batch."""
+    micro_batch: int
+    """Rows in one forward pass."""
+    max_grad_norm: float
+    """Longest gradient; 0 for any."""
+    seed: int
+    """Of dropout."""
+    autocast: Callable[[], AbstractContextManager[object]]
+    """Makes the context of a forward pass."""
+
+    def refresh(self, inputs: Tensor, targets: Tensor) -> None:
+        """Renew the curvature from some of the batch's rows, when that is due."""
+        if self.optimizers.curvature_due:
+            with self.autocast():
+                self.optimizers.refresh(self.model, self.curvature_batch(inputs, targets))
+
+    def curvature_batch(self, inputs: Tensor, targets: Tensor) -> CurvatureBatch:
+        """This rank's rows among those that curvature is estimated from.
+
+        They are spread evenly over the global batch, and dealt to the chunks in turn: which row is in which chunk does
+        not depend on the number of ranks.
+        """
+        wanted = self.optimizers.settings.curvature_rows or 1
+        chosen = [place * self.total_rows // wanted for place in range(wanted)]
+        chunks = self.optimizers.settings.curvature_chunks or 1
+        own = [(row, place % chunks) for place, row in enumerate(chosen) if row in self.rows]
+        own = own or [(self.rows[0], -1)]
+        places = [row - self.rows[0] for row, _ in own]
+        return CurvatureBatch(
+            inputs=inputs[places],
+            targets=targets[places],
+            rows=[row for row, _ in own],
+            chunks=[chunk for _, chunk in own],
+        )
+
+    def gradients(self, inputs: Tensor, targets: Tensor, *, index: int) -> float:
+        """Leave the gradient of the global batch's mean loss in `.grad`; returns this rank's part of that mean.
+
+        Args:
+            inputs: This rank's rows, [rows, context].
+            targets: The tokens that follow.
+            index: The batch's number in the order of the data; dropout is drawn from it.
+        """
+        self.optimizers.zero_grad()
+        total = torch.zeros((), device=inputs.device)
+        starts = range(0, len(inputs), self.micro_batch)
+        for start in starts:
+            part = slice(start, start + self.micro_batch)
+            # A function of (seed, batch, row), like all randomness here: there is no generator to save and restore.
+            torch.manual_seed(stream_key(self.seed, index, self.rows[start]) % 2**63)
+            with synchronized(self.model, last=start == starts[-1]):
+                with self.autocast():
+                    logits = self.model(inputs[part])  # [micro-batch, context, vocab]
+                    summed = F.cross_entropy(logits.flatten(0, 1), targets[part].flatten(), reduction="sum")
+                    loss = summed / targets.numel()  # engines average over the ranks, which hold as many rows each
+                loss.backward()
+            total += loss.detach()
+        return float(total) / self.here.size
+
+    def clip(self) -> float:
+        """Scale the gradient down to the longest allowed; returns its norm before that."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.max_grad_norm or float("inf")
+        return total_norm(torch.nn.utils.clip_grad_norm_(parameters, limit))

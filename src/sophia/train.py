@@ -1,0 +1,293 @@
+"""The training loop, and what happens around one of its steps.
+
+A step is an update. `step` counts updates done; the batch that update number `step` learns from is number
+`step + skipped`, where `skipped` counts the batches left out by rollbacks. Nothing else decides the data.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sophia import checkpoint, snapshot
+from sophia.checkpoint import Checkpoint, CheckpointWriter
+from sophia.data.loader import Prefetcher
+from sophia.display import Display
+from sophia.evaluate import Evaluation, evaluate
+from sophia.guards import Signals, SpikeWatch
+from sophia.metrics import Metrics
+from sophia.micro_batch import run_within_memory
+from sophia.resolve import factor
+from sophia.session import Session, conditions, restore
+
+# A spike that comes back after so many rollbacks to one checkpoint is not the fault of single batches.
+_MOST_ROLLBACKS = 5
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is, apart from model and optimizers: all of it is in its checkpoints."""
+
+    step: int = 0
+    """Updates done, those left out as non-finite included."""
+    skipped: int = 0
+    """Batches that rollbacks left out."""
+    not_finite: int = 0
+    """Updates left out because loss or gradient was not finite."""
+    not_finite_in_row: int = 0
+    """Such updates since the last good one."""
+    rollbacks: int = 0
+    """Returns to the present checkpoint."""
+    elapsed: float = 0.0
+    """Seconds of training, over all resumes."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the recent past, by which a spike is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training ended."""
+
+    step: int
+    """Updates done."""
+    evaluation: Evaluation | None
+    """The last one."""
+    signal: int
+    """The signal that ended it early, or 0."""
+
+
+class Trainer:
+    """A run in motion."""
+
+    def __init__(
+        self, session: Session, display: Display, metrics: Metrics, signals: Signals, note: Callable[[str], None]
+    ) -> None:
+        self.session, self.display, self.metrics, self.signals, self.note = session, display, metrics, signals, note
+        self.settings, self.here = session.settings, session.here
+        assert self.settings.schedule.steps is not None
+        self.steps: int = self.settings.schedule.steps
+        state = {} if session.resumed is None else session.resumed.state["progress"]
+        self.progress = Progress(**state)
+        self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
+        self.writer = CheckpointWriter(
+            session.folder.checkpoints,
+            keep_last=self.settings.checkpoints.keep_last,
+            keep_every=self.settings.checkpoints.keep_every,
+            done=lambda path: None,
+        )
+        self.evaluation: Evaluation | None = None
+        self._started = time.perf_counter() - self.progress.elapsed
+        self._last_log = (self.progress.step, self.elapsed)
+        self._stop = False
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, over all resumes."""
+        return time.perf_counter() - self._started
+
+    def run(self) -> Outcome:
+        """Train to the last step, or until a signal."""
+        at_checkpoint = self.session.resumed is not None
+        batches = self._prefetch()
+        try:
+            while True:
+                done = self.progress.step >= self.steps
+                if not at_checkpoint:  # before it was written, this step was evaluated
+                    self._evaluate_when_due(done)
+                    self._checkpoint_when_due(done)
+                at_checkpoint = False
+                if done or self._stop:
+                    break
+                inputs, targets = next(batches)
+                loss, norm = self._gradients(inputs, targets)
+                if self._spiked(loss):
+                    batches.close()
+                    self._roll_back()
+                    batches, at_checkpoint = self._prefetch(), True
+                    continue
+                self._update(loss, norm)
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.writer.wait()  # the checkpoint on its way is worth more than a quick end
+            raise
+        finally:
+            batches.close()
+        self.writer.wait()
+        return Outcome(step=self.progress.step, evaluation=self.evaluation, signal=self.signals.received)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+        """Curvature when due, then loss and gradient norm of the global batch; learns whether any rank was to stop."""
+        stepper, index = self.session.stepper, self.progress.step + self.progress.skipped
+
+        def compute() -> float:
+            stepper.refresh(inputs, targets)
+            return stepper.gradients(inputs, targets, index=index)
+
+        own = run_within_memory(compute, self.session, self.note)
+        loss, stop = self.here.sum(own, float(bool(self.signals.received)))
+        self._stop = stop > 0
+        return loss, stepper.clip()
+
+    def _update(self, loss: float, norm: float) -> None:
+        progress = self.progress
+        lr = self.session.optimizers.set_lr(factor(self.settings, progress.step))
+        good = math.isfinite(loss) and math.isfinite(norm)
+        if good:
+            self.session.optimizers.step()
+            progress.not_finite_in_row = 0
+        progress.step += 1
+        if not good:
+            self._skip(loss, norm)
+        if progress.step % self.settings.logging.log_interval == 0 or progress.step in (1, self.steps):
+            self._log(loss, norm, lr)
+
+    def _skip(self, loss: float, norm: float) -> None:
+        progress = self.progress
+        progress.not_finite += 1
+        progress.not_finite_in_row += 1
+        self.metrics.write({"step": progress.step, "event": "skipped", "loss": loss, "grad_norm": norm})
+        self.note(f"step {progress.step}: loss {loss:g}, gradient norm {norm:g}: not finite, update left out")
+        if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
+            raise ValueError(
+                f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step "
+                f"{progress.step}; {self._last_checkpoint()}. A lower --lr or a longer --warmup-steps usually helps"
+            )
+
+    def _spiked(self, loss: float) -> bool:
+        """Note a spike; whether to roll back for it."""
+        if not self.watch.is_spike(loss):
+            return False
+        step = self.progress.step + 1
+        self.metrics.write({"step": step, "event": "spike", "loss": loss})
+        self.note(f"step {step}: the loss {loss:.3f} stands out of the recent ones: a spike")
+        if self.settings.guards.on_spike != "rollback":
+            return False
+        if not checkpoint.steps(self.session.folder.checkpoints):
+            self.note("no checkpoint to return to yet: going on")
+            return False
+        return True
+
+    def _roll_back(self) -> None:
+        """Return to the last checkpoint, and leave out the batches that it was followed by."""
+        self.writer.wait()
+        loaded = checkpoint.read(checkpoint.choose(self.session.folder.checkpoints))
+        next_batch = self.progress.step + self.progress.skipped + 1
+        came_from = self.progress.step + 1
+        restore(self.session, loaded)
+        elapsed = self.elapsed
+        self.progress = Progress(**loaded.state["progress"])
+        self.progress.elapsed = elapsed
+        left_out = next_batch - self.progress.step - self.progress.skipped
+        self.progress.skipped += left_out
+        self.progress.rollbacks += 1
+        self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
+        if self.progress.rollbacks > _MOST_ROLLBACKS:
+            raise ValueError(
+                f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {loaded.step}; "
+                f"{self._last_checkpoint()}. A lower --lr or a longer --warmup-steps usually helps"
+            )
+        self.metrics.cut(loaded.step)
+        event = {"step": loaded.step, "event": "rollback", "from_step": came_from, "skipped_batches": left_out}
+        self.metrics.write(event)
+        self.note(f"back to the checkpoint of step {loaded.step}; {left_out} batches left out")
+        self._save()  # so that a resume knows what was left out
+        self._last_log = (self.progress.step, self.elapsed)
+
+    def _evaluate_when_due(self, done: bool) -> None:
+        if not done and self.progress.step % (self.settings.evaluation.eval_interval or 1):
+            return
+        before = self.elapsed
+        stepper = self.session.stepper
+        self.evaluation = evaluate(
+            self.session.model,
+            self.session.validation,
+            self.session.dataset.validation,
+            batch=stepper.micro_batch,
+            here=self.here,
+            autocast=stepper.autocast,
+        )
+        record = {
+            "step": self.progress.step,
+            "tokens": self._tokens(),
+            "val_loss": self.evaluation.loss,
+            "perplexity": self.evaluation.perplexity,
+            "bits_per_byte": self.evaluation.bits_per_byte,
+            "elapsed_seconds": self.elapsed,
+        }
+        self.metrics.write(record)
+        self.display.evaluation(record)
+        self._pause(self.elapsed - before)
+
+    def _checkpoint_when_due(self, done: bool) -> None:
+        interval = self.settings.checkpoints.checkpoint_interval or 1
+        if done or self._stop or (self.progress.step and self.progress.step % interval == 0):
+            before = self.elapsed
+            self.progress.rollbacks = 0
+            self._save()
+            self._pause(self.elapsed - before)
+        self.writer.check()
+
+    def _save(self) -> None:
+        weights, tensors, settings = snapshot.take(self.session.model, self.session.optimizers, self.here)
+        if not self.here.main:
+            return
+        self.progress.elapsed, self.progress.recent = self.elapsed, self.watch.state()
+        state = {
+            "progress": dict(vars(self.progress)),
+            "optimizers": settings,
+            "model": vars(self.session.config),
+            "end_of_text": self.session.dataset.end_of_text,
+            "data": self.session.dataset.fingerprint,
+            "conditions": conditions(self.here),
+        }
+        self.writer.save(Checkpoint(step=self.progress.step, model=weights, optimizer=tensors, state=state))
+
+    def _log(self, loss: float, norm: float, lr: float) -> None:
+        clipped = self.session.optimizers.clip_fraction()
+        (step, then), now = self._last_log, self.elapsed
+        rate = (self.progress.step - step) * (self.settings.batch.tokens_per_step or 0) / max(now - then, 1e-9)
+        self._last_log = (self.progress.step, now)
+        record = {
+            "step": self.progress.step,
+            "tokens": self._tokens(),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "clip_fraction": clipped,
+            "tokens_per_second": rate,
+            "elapsed_seconds": now,
+        }
+        self.metrics.write(record)
+        self.display.training(record)
+
+    def _pause(self, seconds: float) -> None:
+        """Keep evaluation and checkpoints out of tokens per second."""
+        step, then = self._last_log
+        self._last_log = (step, then + seconds)
+
+    def _tokens(self) -> int:
+        return self.progress.step * (self.settings.batch.tokens_per_step or 0)
+
+    def _prefetch(self) -> Prefetcher:
+        return Prefetcher(
+            self.session.batches,
+            start=self.progress.step + self.progress.skipped,
+            rows=self.session.stepper.rows,
+            device=self.here.device,
+        )
+
+    def _last_checkpoint(self) -> str:
+        try:
+            place = checkpoint.choose(self.session.folder.checkpoints)
+        except ValueError:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {place}"
+
+
+def signal_name(number: int) -> str:
+    """SIGINT, SIGTERM, …"""
+    return signal.Signals(number).name

@@ -1,0 +1,164 @@
+"""The trainer's optimizers: Lion against its formula, parameter groups by name, one face for all."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sophia.config import OptimizerSettings
+from sophia.model import GPT, GPTConfig
+from sophia.optim.lion import Lion
+from sophia.optimizers import CurvatureBatch, Optimizers, parameter_groups
+
+SHAPE = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8, bias=True)
+RECIPE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+
+
+def build(name="adamw", **settings):
+    model = GPT(SHAPE, torch.Generator().manual_seed(0))
+    sophia = {"gamma": 0.1, "curvature_rows": 2, "curvature_chunks": 2} if name == "sophia-g" else {}
+    sophia = {"gamma": 0.1, "curvature_rows": 2} if name == "sophia-h" else sophia
+    chosen = OptimizerSettings(**{"optimizer": name, **RECIPE, **sophia, **settings})
+    return model, Optimizers(chosen, model, seed=3)
+
+
+def batch():
+    return torch.randint(0, 11, (2, 4, 6), generator=torch.Generator().manual_seed(1))
+
+
+def test_lion_follows_algorithm_2():
+    """Against the paper's lines in float64, one coordinate at a time."""
+    lr, beta1, beta2, decay = 0.05, 0.9, 0.97, 0.3
+    theta = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    p = theta.clone().requires_grad_()
+    optimizer = Lion([p], lr=lr, betas=(beta1, beta2), weight_decay=decay)
+    m = [0.0] * 4
+    for step in range(20):
+        gradient = [(-1) ** step * 0.3 * (index - 1) + 0.01 * step for index in range(4)]
+        p.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        for index, g in enumerate(gradient):
+            c = beta1 * m[index] + (1 - beta1) * g
+            sign = (c > 0) - (c < 0)
+            theta[index] -= lr * (sign + decay * theta[index])
+            m[index] = beta2 * m[index] + (1 - beta2) * g
+        torch.testing.assert_close(p.detach(), theta, rtol=1e-12, atol=1e-12)
+
+
+def test_lion_skips_what_has_no_gradient_and_runs_a_closure():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = Lion([a, b], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = a.sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 2.0
+    assert a.tolist() == pytest.approx([0.9, 0.9])
+    assert b.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}])
+def test_lion_refuses_what_cannot_be(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Lion([torch.ones(1, requires_grad=True)], **wrong)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model, _ = build()
+    groups = parameter_groups(OptimizerSettings(**RECIPE), list(model.named_parameters()))
+    by_decay = {group["weight_decay"]: {name for name, _ in group["params"]} for group in groups}
+    assert by_decay[0.1] == {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert by_decay[0.0] == {name for name, p in model.named_parameters() if p.ndim == 1}
+
+
+def test_exceptions_by_name_first_match_wins():
+    model, _ = build()
+    chosen = OptimizerSettings(**RECIPE, decay_by_name=("*.0.*norm*=0.5", "*norm*=0.25", "tokens.*=0"))
+    decay = {
+        name: group["weight_decay"]
+        for group in parameter_groups(chosen, list(model.named_parameters()))
+        for name, _ in group["params"]
+    }
+    assert decay["blocks.0.attention_norm.weight"] == 0.5
+    assert decay["blocks.1.attention_norm.weight"] == decay["final_norm.bias"] == 0.25
+    assert decay["tokens.weight"] == 0.0
+    assert decay["positions.weight"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("embedding.*=0",), "embedding.* matches no parameter"),
+        (("*norm*=0", "final_norm*=1"), "final_norm\\* matches no parameter that an earlier pattern left"),
+        (("tokens.weight",), "is not PATTERN=DECAY"),
+        (("tokens.*=none",), "is not PATTERN=DECAY"),
+        (("tokens.*=-1",), "is not PATTERN=DECAY"),
+        (("=1",), "is not PATTERN=DECAY"),
+    ],
+)
+def test_an_exception_that_does_nothing_is_refused(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        build(decay_by_name=patterns)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model, optimizers = build("muon")
+    muon, adamw = optimizers.parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    names = {p: name for name, p in model.named_parameters()}
+    matrices = {names[p] for group in muon.param_groups for p in group["params"]}
+    others = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert matrices == {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks.")}
+    assert matrices | others == set(names.values())
+    assert not matrices & others
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sophia-g", "sophia-h"])
+def test_each_lowers_the_loss_and_takes_the_schedule(name):
+    model, optimizers = build(name)
+    inputs, targets = batch()
+
+    def loss():
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    before = loss().item()
+    for step in range(12):
+        assert optimizers.set_lr(0.5) == pytest.approx(5e-3)
+        assert {group["lr"] for part in optimizers.parts for group in part.param_groups} == {5e-3}
+        if optimizers.curvature_due:
+            optimizers.refresh(
+                model, CurvatureBatch(inputs=inputs, targets=targets, rows=range(4), chunks=[0, 1, 0, 1])
+            )
+            assert step % 10 == 0
+        assert not optimizers.curvature_due
+        optimizers.zero_grad()
+        loss().backward()
+        optimizers.step()
+    assert loss().item() < before - 0.05
+    assert (optimizers.clip_fraction() is not None) is name.startswith("sophia")
+
+
+def test_chunks_are_squared_apart_and_a_row_that_does_not_count_changes_nothing():
+    """The estimate by the plain formula: (1 / N) Σ_c s_c², from gradients of the sampled labels' summed loss."""
+    from sophia import SophiaG
+    from sophia.curvature import GaussNewtonBartlett
+
+    model, optimizers = build("sophia-g")
+    other = copy.deepcopy(model)
+    inputs, targets = batch()
+    chunks = [0, 1, 1, 0]
+    rows = [40, 41, 42, 43]
+    optimizers.refresh(model, CurvatureBatch(inputs=inputs, targets=targets, rows=rows, chunks=chunks))
+    expected = SophiaG(other.parameters(), betas=(0.9, 0.95), seed=3, estimator=GaussNewtonBartlett())
+    expected.refresh_curvature(
+        [lambda kept=kept: other(inputs[kept]) for kept in ([0, 3], [1, 2])], rows=[40, 43, 41, 42]
+    )
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(
+            optimizers.parts[0].state[ours]["hessian"], expected.state[theirs]["hessian"], rtol=0, atol=0
+        )
