@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
+from sophia.data.tokenizer import load_tokenizer
 from sophia.data.tokens import END_OF_TEXT
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 
 PROBES = (
     "The quick brown fox, he's said, jumped over 1,234 lazy dogs at 5:30 -- didn't they?",
@@ -49,16 +48,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ValueError: There is neither, or they are damaged.
     """
+    path = folder / TOKENIZER_CONFIG
     try:
-        if (folder / TOKENIZER).is_file():
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-            tokenizer.encode_special_tokens = bool(_tokenizer_config(folder).get("split_special_tokens", False))
-            return tokenizer
-        if (folder / _VOCABULARY).is_file() and (folder / _MERGES).is_file():
-            return _gpt2_tokenizer(folder)
-    except Exception as problem:  # tokenizers raises nothing narrower
-        raise ValueError(f"the tokenizer in {folder} is damaged ({problem}): get it again") from None
-    raise ValueError(f"{folder} has neither {TOKENIZER} nor {_VOCABULARY} with {_MERGES}: copy its tokenizer there")
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        split = bool(values.get("split_special_tokens", False))
+    except (ValueError, AttributeError) as problem:
+        raise ValueError(f"{path} is damaged ({problem}): get it again") from None
+    tokenizer, _ = load_tokenizer(str(folder))
+    tokenizer.encode_special_tokens = split
+    return tokenizer
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -67,11 +65,8 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: The folder has no tokenizer, its vocabulary, merges or pieces differ, or it is damaged.
     """
-    theirs = read_tokenizer(folder)
-    remedy = f"prepare the data with {folder / TOKENIZER}"
-    if not (folder / TOKENIZER).is_file():
-        remedy = f"prepare the data with {folder / _VOCABULARY} and {_MERGES}"
-    require_equal(tokenizer, theirs, f"{folder} has another tokenizer than the data", remedy)
+    claim = f"{folder} has another tokenizer than the data"
+    require_equal(tokenizer, read_tokenizer(folder), claim, f"prepare the data with --tokenizer {folder}")
 
 
 def require_equal(ours: Tokenizer, theirs: Tokenizer, claim: str, remedy: str) -> None:
@@ -117,18 +112,3 @@ def _reads_as_text(tokenizer: Tokenizer, token: str | None) -> bool:
     if token is None:
         return bool(tokenizer.encode_special_tokens)
     return tokenizer.token_to_id(token) not in tokenizer.encode(token, add_special_tokens=False).ids
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / TOKENIZER_CONFIG
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values
-
-
-def _gpt2_tokenizer(folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
-    return tokenizer

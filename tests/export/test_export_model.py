@@ -129,7 +129,7 @@ def test_a_wrong_weight_is_found_and_nothing_is_left(break_it, tmp_path, monkeyp
 
     save_file = export.save_file
     monkeypatch.setattr(export, "save_file", save)
-    with pytest.raises(ValueError, match="differ|did not load"):
+    with pytest.raises(ValueError, match=r"differ|did not load"):
         export_model(small_model(), bpe(), tmp_path / "out", end_of_text=0)
     assert list(tmp_path.iterdir()) == []
 

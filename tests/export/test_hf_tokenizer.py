@@ -34,7 +34,7 @@ def test_vocabulary_and_merges(tmp_path):
     assert read_tokenizer(tmp_path).decode(bpe().encode(TEXT).ids) == TEXT
     check_tokenizer(tmp_path, bpe())
     with pytest.raises(
-        ValueError, match=r"another tokenizer than the data .*prepare the data with .*vocab.json and merges"
+        ValueError, match=f"another tokenizer than the data .*prepare the data with --tokenizer {tmp_path}"
     ):
         check_tokenizer(tmp_path, TOKENIZERS["bytes"]())
 
@@ -85,20 +85,26 @@ def test_another_tokenizer_than_the_data_is_refused(other, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         check_tokenizer(tmp_path, other())
     assert str(caught.value).startswith(f"{tmp_path} has another tokenizer than the data (")
-    assert str(caught.value).endswith(f"prepare the data with {tmp_path / 'tokenizer.json'}")
+    assert str(caught.value).endswith(f"prepare the data with --tokenizer {tmp_path}")
 
 
 def test_a_folder_without_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has neither tokenizer.json nor vocab.json with merges.txt"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json and no vocab\.json with merges\.txt"):
         check_tokenizer(tmp_path, bpe())
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{")]
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+    ],
 )
 def test_a_damaged_one_is_refused(name, content, tmp_path):
     write_tokenizer(bpe(), tmp_path, context=8, end_of_text=0)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="the tokenizer in .* is damaged") as caught:
+    with pytest.raises(ValueError, match=name) as caught:
         read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
