@@ -40,7 +40,7 @@ class SpikeWatch:
 
 
 class Signals:
-    """SIGINT and SIGTERM received since training began: the first asks for a checkpoint, a second SIGINT ends at once."""
+    """SIGINT and SIGTERM since training began: the first asks for a checkpoint, a SIGINT after it ends at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -50,8 +50,8 @@ class Signals:
         """Answer signals here instead of dying by them."""
         previous: dict[int, Any] = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, self._answer)
+            for asked in (signal.SIGINT, signal.SIGTERM):
+                previous[asked] = signal.signal(asked, self._answer)
         except ValueError:
             pass  # not the main thread, which alone gets signals
         try:

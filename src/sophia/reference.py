@@ -95,7 +95,7 @@ def write_data(folder: Path) -> Path:
 
 
 def measure(optimizer: OptimizerName, data: Path, out: Path, **changes: Any) -> list[float]:
-    """Train one reference run and return its losses, step by step; ``changes`` replace machine settings or the batch."""
+    """Train one reference run and return its losses, step by step; ``changes`` replace machine settings, for tests."""
     chosen = settings(optimizer, data, out)
     if "micro_batch" in changes:
         chosen = replace(chosen, batch=replace(chosen.batch, micro_batch=changes.pop("micro_batch")))
@@ -129,7 +129,7 @@ def check(*, as_json: bool) -> None:
     """
     console = Console(stderr=as_json)
     shipped = expected()
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data")
         for name in OPTIMIZERS:

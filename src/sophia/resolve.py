@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 from sophia.config import TrainSettings, check_positive
 from sophia.data.shards import Dataset
@@ -39,9 +40,10 @@ def resolve(settings: TrainSettings, dataset: Dataset, here: World) -> TrainSett
 def model_config(settings: TrainSettings, dataset: Dataset) -> GPTConfig:
     """The model of resolved settings, with the data's vocabulary."""
     shape = settings.model
-    assert (
-        shape.context is not None and shape.layers is not None and shape.heads is not None and shape.width is not None
-    )
+    assert shape.context is not None
+    assert shape.layers is not None
+    assert shape.heads is not None
+    assert shape.width is not None
     return GPTConfig(
         vocab_size=dataset.vocab_size,
         padded_vocab_size=padded_vocabulary(dataset.vocab_size, _VOCABULARY_MULTIPLE),
@@ -59,7 +61,8 @@ def model_config(settings: TrainSettings, dataset: Dataset) -> GPTConfig:
 
 def rows_per_step(settings: TrainSettings) -> int:
     """Sequences in a global batch."""
-    assert settings.batch.tokens_per_step is not None and settings.model.context is not None
+    assert settings.batch.tokens_per_step is not None
+    assert settings.model.context is not None
     return settings.batch.tokens_per_step // settings.model.context
 
 
@@ -113,7 +116,8 @@ def _with_optimizer(settings: TrainSettings, base: Preset, here: World) -> Train
         known = ", ".join(base.recipes)
         raise ValueError(f"the preset {base.name} has no settings for {chosen.optimizer}: it has them for {known}")
     assert recipe.keys() <= fields
-    chosen = replace(chosen, **{name: value for name, value in recipe.items() if getattr(chosen, name) is None})
+    filled: dict[str, Any] = {name: value for name, value in recipe.items() if getattr(chosen, name) is None}
+    chosen = replace(chosen, **filled)
     is_sophia = chosen.optimizer.startswith("sophia")
     for name in ("gamma", "curvature_rows", "curvature_chunks"):
         if not is_sophia and getattr(chosen, name) is not None:
@@ -128,7 +132,7 @@ def _with_optimizer(settings: TrainSettings, base: Preset, here: World) -> Train
     return replace(settings, optimizer=chosen)
 
 
-def _curvature(settings: TrainSettings, rows: int | None, here: World) -> dict[str, int]:
+def _curvature(settings: TrainSettings, rows: int | None, here: World) -> dict[str, Any]:
     total = rows_per_step(settings)
     asked = rows
     if rows is None:
@@ -153,7 +157,8 @@ def _curvature(settings: TrainSettings, rows: int | None, here: World) -> dict[s
 
 def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
     batch, shape = settings.batch, settings.model
-    assert batch.tokens_per_step is not None and shape.context is not None
+    assert batch.tokens_per_step is not None
+    assert shape.context is not None
     if batch.tokens_per_step % shape.context:
         near = max(1, round(batch.tokens_per_step / shape.context)) * shape.context
         raise ValueError(
@@ -178,7 +183,8 @@ def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
 def factor(settings: TrainSettings, step: int) -> float:
     """The schedule's factor on the peak learning rate for the update after ``step`` earlier ones."""
     plan = settings.schedule
-    assert plan.steps is not None and plan.warmup_steps is not None
+    assert plan.steps is not None
+    assert plan.warmup_steps is not None
     return lr_factor(
         plan.schedule,
         step,

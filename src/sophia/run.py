@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -10,9 +9,6 @@ from tokenizers import Tokenizer
 from sophia import checkpoint, snapshot
 from sophia.config import TrainSettings, read_toml
 from sophia.model import GPT, GPTConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

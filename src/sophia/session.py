@@ -18,7 +18,8 @@ from sophia.config import CHANGEABLE, TrainSettings, differences, write_toml
 from sophia.data.loader import Batches, ValidationWindows, validation_windows
 from sophia.data.shards import Dataset
 from sophia.distributed import World, spread
-from sophia.import_hf import check_tokenizer, import_gpt2
+from sophia.hf_tokenizer import check_tokenizer
+from sophia.import_hf import import_gpt2
 from sophia.model import GPT, GPTConfig
 from sophia.optimizers import Optimizers
 from sophia.resolve import model_config, resolve, rows_per_step

@@ -81,7 +81,7 @@ class Stepper:
                     logits = self.model(inputs[part])  # [micro-batch, context, vocab]
                     summed = F.cross_entropy(logits.flatten(0, 1), targets[part].flatten(), reduction="sum")
                     loss = summed / targets.numel()  # engines average over the ranks, which hold as many rows each
-                loss.backward()
+                torch.autograd.backward(loss)
             total += loss.detach()
         return float(total) / self.here.size
 

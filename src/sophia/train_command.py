@@ -112,8 +112,8 @@ def _conclude(session: Session, outcome: Outcome, console: Console, *, as_json: 
         print(json.dumps(answer))
     if outcome.signal:
         console.print(
-            f"{signal_name(outcome.signal)}: stopped after step {outcome.step} of {steps}, with a checkpoint; go on with\n"
-            f"  sophia train --resume {path}",
+            f"{signal_name(outcome.signal)}: stopped after step {outcome.step} of {steps}, with a checkpoint; "
+            f"go on with\n  sophia train --resume {path}",
             highlight=False,
             soft_wrap=True,
         )
