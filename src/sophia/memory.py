@@ -1,0 +1,359 @@
+"""How much memory a training step takes at its peak, from the architecture alone.
+
+The trainer's step is followed through its moments (`_moments`): each lists the tensors that are alive, and the largest
+sum is the peak. With W the width, V the rows of the head, H the heads, T the context and n the tokens of a micro-batch;
+s is 4 bytes, or 2 under bf16 autocast; r, the residual stream, is 4 (2 where FSDP2 casts parameters to bf16).
+
+Saved for the backward pass, bytes for each token and block:
+
+    2 r W             the inputs of both LayerNorms: the residual stream
+    16                their means and deviations
+    2 s W             the inputs of the linear layers behind them
+    3 s W             queries, keys and values
+    s W + 4 H         attention's result, and its log-sum-exp in fp32
+    8 s W             the inputs of GELU and of the linear layer behind it
+    ---------
+    2 r W + 14 s W + 16 + 4 H        (64 W in fp32, 36 W in bf16, and little else)
+
+With activation checkpointing r W, and one block's whole while it is computed again. Final norm: r W + 8, head: s W.
+bf16 autocast: a copy of all matrices, 2 bytes an entry. torch.compile saves the same (measured on the CPU).
+
+The loss, bytes for each prediction and row of the head: its log-softmax 4, the gradient of it 4, the gradient of the
+logits 4, all in fp32, and the logits themselves s, which the trainer's loop still holds.
+
+Not counted: the process itself, what libraries keep (but cuBLAS's workspace), and fragmentation.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sophia.accounting import ParameterCount, count_parameters
+from sophia.model import GPTConfig
+from sophia.optim.update import BUCKET
+
+Precision = Literal["fp32", "bf16"]
+Parallel = Literal["none", "ddp", "fsdp"]
+
+_FP32 = 4
+_BF16 = 2
+# What PyTorch has cuBLAS keep on Hopper; 8 MiB on earlier GPUs.
+_CUBLAS_WORKSPACE = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device at the moment of the training step that needs most."""
+
+    parameters: int
+    """The model's own, in fp32."""
+    gradients: int
+    """Of the parameters, with the squares and gradients of a curvature estimate."""
+    optimizer: int
+    """Averages that the optimizer keeps."""
+    activations: int
+    """What the forward pass saves for the backward pass, and what a block's backward pass works with."""
+    logits: int
+    """The head's results and the loss's temporaries."""
+    other: int
+    """bf16 copies of matrices, gathered shards, temporaries of the optimizer's step, workspaces."""
+    moment: str
+    """Which moment that is."""
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.other
+
+
+def step_memory(
+    config: GPTConfig,
+    *,
+    micro_batch: int,
+    context: int | None = None,
+    optimizer: str,
+    precision: Precision = "fp32",
+    activation_checkpointing: bool | None = None,
+    device: str = "cpu",
+    accumulates: bool = True,
+    curvature_rows: int | None = None,
+    curvature_chunks: int = 4,
+    parallel: Parallel = "none",
+    ranks: int = 1,
+) -> MemoryEstimate:
+    """The peak of a training step on each device, see the module's text.
+
+    Args:
+        config: The model.
+        micro_batch: Sequences in one forward pass on one device.
+        context: Tokens in a sequence; None is the model's context.
+        optimizer: "adamw", "lion", "muon", "sophia-g" or "sophia-h".
+        precision: "bf16" computes under autocast, with parameters in fp32.
+        activation_checkpointing: None is the model's setting.
+        device: "cpu", "cuda" or "mps".
+        accumulates: Whether a step has several micro-batches, so that gradients are there during the forward pass.
+        curvature_rows: Sequences in one forward pass of a curvature estimate on one device; None is `micro_batch`.
+        curvature_chunks: Such passes in one estimate.
+        parallel: "ddp" has everything on each rank, "fsdp" shards parameters, gradients and optimizer state.
+        ranks: Devices.
+
+    Raises:
+        ValueError: The optimizer is unknown, a count is below 1, or the context is longer than the model's.
+    """
+    length = config.context if context is None else context
+    for name, value in (("micro_batch", micro_batch), ("context", length), ("ranks", ranks)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if length > config.context:
+        raise ValueError(f"context is {length}, longer than the {config.context} positions of the model")
+    step = _Step(
+        config=config,
+        optimizer=optimizer,
+        length=length,
+        tokens=micro_batch * length,
+        curvature_tokens=(micro_batch if curvature_rows is None else curvature_rows) * length,
+        curvature_chunks=curvature_chunks,
+        low=precision == "bf16",
+        checkpoints=config.activation_checkpointing if activation_checkpointing is None else activation_checkpointing,
+        device=device,
+        accumulates=accumulates,
+        sharded=parallel == "fsdp" and ranks > 1,
+        replicated=parallel == "ddp" and ranks > 1,
+        ranks=ranks,
+    )
+    return max(step.moments(), key=lambda moment: moment.total)
+
+
+def optimizer_bytes(config: GPTConfig, optimizer: str) -> int:
+    """What the optimizer keeps between steps, unsharded: fp32 averages the size of parameters.
+
+    Raises:
+        ValueError: The optimizer is unknown.
+    """
+    count = count_parameters(config)
+    averages = {"adamw": 2, "lion": 1, "sophia-g": 2, "sophia-h": 2}
+    if optimizer == "muon":  # momentum of the matrices, AdamW for the rest
+        return _FP32 * (count.matrices + 2 * (count.total - count.matrices))
+    if optimizer not in averages:
+        raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {', '.join([*averages, 'muon'])}")
+    return _FP32 * averages[optimizer] * count.total
+
+
+def block_bytes(config: GPTConfig, *, context: int, low: bool, device: str, residual: int = _FP32) -> int:
+    """What one block saves for its backward pass, for each token: the table of the module's text, and dropout's.
+
+    Dropout adds a mask for each branch. On the CPU it also leaves the fast attention kernel, so that matrices of
+    H · T are saved (the weights, their mask, the product; fp32), and under autocast copies of queries, keys and values.
+    """
+    width, entry = config.width, _BF16 if low else _FP32
+    per_token = 2 * residual * width + 14 * entry * width + 16
+    if config.dropout == 0:
+        return per_token + 4 * config.heads
+    if device != "cpu":
+        return per_token + 4 * config.heads + 2 * width  # bool masks
+    copies = 3 * entry * width if low else 0
+    return per_token + 2 * entry * width + copies + 12 * config.heads * context
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One training step: which tensors are alive when."""
+
+    config: GPTConfig
+    optimizer: str
+    length: int
+    tokens: int
+    curvature_tokens: int
+    curvature_chunks: int
+    low: bool
+    checkpoints: bool
+    device: str
+    accumulates: bool
+    sharded: bool
+    replicated: bool
+    ranks: int
+
+    def moments(self) -> Iterator[MemoryEstimate]:
+        """Each moment that can be the peak."""
+        held = self.model if self.accumulates else 0
+        entries = self.tokens * self.config.head_rows
+        stored, copies = self.stored(self.tokens), self.matrix_copies
+        yield self.moment(
+            "loss",
+            gradients=held,
+            activations=stored + self.tokens * self.end_bytes,
+            logits=(self.entry + 12) * entries,
+            other=copies,
+        )
+        # From here on the logits themselves are still held.
+        logits = self.entry * entries
+        yield self.moment(
+            "head",
+            gradients=held + self.embedding,
+            activations=stored + self.tokens * self.end_bytes,
+            logits=2 * logits,  # and their gradient
+            other=copies,
+        )
+        yield self.moment(
+            "last block",
+            gradients=held + self.embedding,
+            activations=stored + self.working(self.tokens),
+            logits=logits,
+            other=copies,
+        )
+        yield self.moment(
+            "first block", gradients=self.model + self.embedding * (self.accumulates + self.late_parts), logits=logits
+        )
+        yield self.moment("optimizer step", gradients=self.model, other=self.step_temporaries)
+        if self.optimizer == "sophia-g":
+            yield from self.sampled_curvature()
+        if self.optimizer == "sophia-h":
+            plain = self.sharded or self.replicated
+            yield from [self.finite_difference()] if plain else self.double_backward()
+
+    def moment(
+        self, name: str, *, gradients: int = 0, activations: int = 0, logits: int = 0, other: int = 0
+    ) -> MemoryEstimate:
+        """Add what is always there; under FSDP2 a rank has its share of all that has the size of the parameters."""
+        share = self.ranks if self.sharded else 1
+        return MemoryEstimate(
+            parameters=self.model // share,
+            gradients=gradients // share,
+            optimizer=optimizer_bytes(self.config, self.optimizer) // share,
+            activations=activations,
+            logits=logits,
+            other=other + self.gathered + (_CUBLAS_WORKSPACE if self.device == "cuda" else 0),
+            moment=name,
+        )
+
+    def sampled_curvature(self) -> Iterator[MemoryEstimate]:
+        """Gauss-Newton-Bartlett. Gradients: of the step before, squares so far, of one chunk and of the one before it.
+
+        DDP's are views of its buckets, from which both the step's and the chunk's are copied.
+        """
+        held = self.model * (min(self.curvature_chunks, 3) + self.replicated)
+        logits = 2 * self.entry * self.curvature_tokens * self.config.head_rows  # and the noise in their place
+        yield self.moment(
+            "curvature, last block",
+            gradients=held + self.embedding,
+            activations=self.stored(self.curvature_tokens) + self.working(self.curvature_tokens),
+            logits=logits,
+            other=self.matrix_copies,
+        )
+        yield self.moment(
+            "curvature, first block",
+            gradients=held + self.model + self.embedding * self.late_parts,
+            logits=logits,
+            other=self.matrix_copies,
+        )
+
+    def double_backward(self) -> Iterator[MemoryEstimate]:
+        """Hutchinson in two backward passes: the graph of the first one is as large as the forward's.
+
+        Attention in its plain form saves matrices of H · T, one in the forward and two in the backward pass, and works
+        with eight of them. Gradients: of the step before, noise, the first pass's and the second's.
+        """
+        width, square = self.config.width, self.config.heads * self.length
+        block = (80 if self.low else 128) * width + 12 * square + 16
+        saved = self.config.layers * block + self.end_bytes
+        for name, work, rows in (("curvature, attention", 32 * square, 12), ("curvature, loss", 0, 28)):
+            yield self.moment(
+                name,
+                gradients=4 * self.model,
+                activations=self.curvature_tokens * (saved + work),
+                logits=rows * self.curvature_tokens * self.config.head_rows,
+                other=self.matrix_copies,
+            )
+
+    def finite_difference(self) -> MemoryEstimate:
+        """Hutchinson by two gradients, in fp32. Of the step before, noise, parameters kept, both gradients."""
+        plain = dataclasses.replace(self, low=False)
+        return self.moment(
+            "curvature, loss",
+            gradients=5 * self.model,
+            activations=plain.stored(self.curvature_tokens) + self.curvature_tokens * plain.end_bytes,
+            logits=12 * self.curvature_tokens * self.config.head_rows,
+        )
+
+    def stored(self, tokens: int) -> int:
+        """What the blocks save in a forward pass of so many tokens."""
+        stream = self.residual * self.config.width
+        return tokens * self.config.layers * (stream if self.checkpoints else self.block)
+
+    def working(self, tokens: int) -> int:
+        """At work in the last block's feed-forward: the stream's gradient, the branch's, that of GELU's result.
+
+        With activation checkpointing the block's own tensors as well. The gradient of a matrix counts, too.
+        """
+        width, entry = self.config.width, self.entry
+        bytes_per_token = (self.residual + (entry if self.low else 0) + 4 * entry) * width
+        return tokens * (bytes_per_token + (self.block if self.checkpoints else 0)) + 4 * _FP32 * width**2
+
+    @property
+    def block(self) -> int:
+        """Saved by one block for each token."""
+        return block_bytes(self.config, context=self.length, low=self.low, device=self.device, residual=self.residual)
+
+    @property
+    def embedding(self) -> int:
+        """Bytes of the embedding's gradient in fp32: one comes from the head, one from the lookup."""
+        return _FP32 * self.count.embedding
+
+    @property
+    def late_parts(self) -> int:
+        """The lookup's, and in fp32 the sum of both, which replaces neither before it is whole."""
+        return 1 if self.low else 2
+
+    @property
+    def count(self) -> ParameterCount:
+        return count_parameters(self.config)
+
+    @property
+    def model(self) -> int:
+        """Bytes of the parameters in fp32."""
+        return _FP32 * self.count.total
+
+    @property
+    def entry(self) -> int:
+        """s: bytes of a number in matrix products."""
+        return _BF16 if self.low else _FP32
+
+    @property
+    def residual(self) -> int:
+        """r: bytes of a number in the residual stream."""
+        return _BF16 if self.low and self.sharded else _FP32
+
+    @property
+    def end_bytes(self) -> int:
+        """Saved for each token outside the blocks: ids and targets, dropout's mask, final norm, the head's input."""
+        mask = 0 if self.config.dropout == 0 else (_FP32 if self.device == "cpu" else 1)
+        return 2 * 8 + (mask + self.residual + self.entry) * self.config.width + 8
+
+    @property
+    def matrix_copies(self) -> int:
+        """bf16 copies that autocast makes of the matrices and the graph holds."""
+        if not self.low or self.sharded:
+            return 0
+        return _BF16 * (self.count.embedding if self.checkpoints else self.count.multiplied)
+
+    @property
+    def gathered(self) -> int:
+        """FSDP2: two blocks and the parameters outside them, gathered, and the gradients of one block and of those."""
+        if not self.sharded:
+            return 0
+        block = self.count.matrices // self.config.layers
+        outside = self.count.embedding + self.count.positions
+        return self.entry * (2 * block + outside) + _FP32 * (block + outside)
+
+    @property
+    def step_temporaries(self) -> int:
+        """Lion's updates; Sophia's two in buckets, where they are not cut to the CPU's cache; Muon's products."""
+        if self.optimizer == "lion":
+            return self.model
+        if self.optimizer.startswith("sophia") and self.device != "cpu":
+            largest = max(BUCKET, self.count.embedding)
+            return 2 * _FP32 * min(largest, self.count.total)
+        if self.optimizer == "muon":
+            return 4 * 4 * self.config.width**2  # a bf16 product and its operands, of the largest matrix
+        return 0
