@@ -45,6 +45,8 @@ COMMANDS: Mapping[str, Command] = {
 }
 BENCHES: Mapping[str, Command] = {
     "step": Command("sophia.bench", "step", "the optimizer's step against torch's fused AdamW"),
+    "train": Command("sophia.bench_train", "train", "training steps against transformers' GPT-2 with fused AdamW"),
+    "prepare": Command("sophia.bench_prepare", "run", "text to shards against the tokenizer library's batches"),
 }
 
 

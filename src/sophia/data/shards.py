@@ -244,8 +244,13 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """A tokenizer as its tokenizer.json holds it."""
+    return tokenizer.to_str(pretty=True).encode()
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Write tokenizer.json and return its SHA-256 as hexadecimal."""
-    content = tokenizer.to_str(pretty=True).encode()
+    content = tokenizer_json(tokenizer)
     (folder / TOKENIZER).write_bytes(content)
     return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,164 @@
+"""`sophia bench prepare`: text to shards on disk, beside the tokenizer library's own batch encoding in memory."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import tokenizers
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sophia import machine
+from sophia.data.documents import Reading
+from sophia.data.prepare import Recipe, prepare
+from sophia.data.sources import find_sources
+from sophia.prepare import usable_cores
+
+_REFERENCE = "encode_batch"
+# Documents handed to the library at once; with more it gets no faster, and needs a hundred times their memory.
+_BATCH_DOCUMENTS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareBenchSettings:
+    """Settings of `sophia bench prepare`."""
+
+    source: str = "builtin"
+    """Text to measure on, as `sophia prepare` takes it."""
+    megabytes: int = 16
+    """How much of it."""
+    tokenizer: str = "bpe:32000"
+    """As `sophia prepare` takes it."""
+    document_separator: str = ""
+    """As `sophia prepare` takes it."""
+    rounds: int = 5
+    """Rounds; in each every contender takes its turn. The median is shown."""
+    workers: int | None = None
+    """Processes of `sophia prepare`; by default one for each core."""
+    out: Path | None = None
+    """Write the result to this JSON file."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be timed."""
+        for name in ("megabytes", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def run(settings: Annotated[PrepareBenchSettings, tyro.conf.arg(name="")]) -> None:
+    """Time `sophia prepare` against the tokenizer library's encode_batch on the same text and cores."""
+    console = Console(stderr=settings.json)
+    result = measure(settings, console)
+    if settings.out is not None:
+        machine.write_json(settings.out, result)
+    if settings.json:
+        print(json.dumps(result))
+    else:
+        console.print(_table(result))
+        if settings.out is not None:
+            console.print(f"written to {settings.out}")
+
+
+def measure(settings: PrepareBenchSettings, console: Console) -> dict[str, Any]:
+    """Run the rounds: {"settings", "machine", "text_bytes", "tokens", "results": {name: {"seconds", "ratio", …}}}."""
+    with tempfile.TemporaryDirectory(prefix="sophia-bench-") as name:
+        folder = Path(name)
+        texts = _texts(settings)
+        # JSON lines keep the documents' boundaries, so both sides get the same documents.
+        source = folder / "text.jsonl"
+        with source.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        recipe = Recipe(tokenizer=settings.tokenizer)
+        workers = settings.workers or usable_cores()
+        with console.status("first pass, with the tokenizer's training"):
+            dataset = prepare(
+                find_sources([str(source)], without=folder), folder / "0", recipe, workers=workers
+            ).dataset
+        recipe = Recipe(tokenizer=str(folder / "0" / "tokenizer.json"))
+        tokenizer = dataset.tokenizer()
+        contenders = _contenders(tokenizer, texts)
+        contenders["sophia prepare"] = lambda: prepare(
+            find_sources([str(source)], without=folder), folder / "data", recipe, workers=workers, overwrite=True
+        )
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in track(range(settings.rounds), description="timing", console=console, transient=True):
+            for contender, act in contenders.items():
+                start = time.perf_counter()
+                act()
+                seconds[contender].append(time.perf_counter() - start)
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "bench": "prepare",
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+        "machine": {**machine.describe(), "tokenizers": tokenizers.__version__},
+        "workers": workers,
+        "text_bytes": size,
+        "documents": len(texts),
+        "tokens": dataset.train.tokens + dataset.validation.tokens,
+        "results": {name: _summary(seconds, name, size) for name in contenders},
+    }
+
+
+def _texts(settings: PrepareBenchSettings) -> list[str]:
+    reading = Reading(document_separator=settings.document_separator)
+    texts: list[str] = []
+    left = settings.megabytes * 10**6
+    for item in find_sources([settings.source], without=Path(os.devnull)).items:
+        for piece in item.documents(reading):
+            left -= len(piece.text)
+            texts.append(piece.text.decode())
+            if left <= 0:
+                return texts
+    return texts
+
+
+def _contenders(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> dict[str, Callable[[], object]]:
+    def encode(batch: Callable[..., object]) -> Callable[[], object]:
+        def all_batches() -> None:
+            remaining = iter(texts)
+            while some := list(islice(remaining, _BATCH_DOCUMENTS)):
+                batch(some, add_special_tokens=False)
+
+        return all_batches
+
+    return {_REFERENCE: encode(tokenizer.encode_batch), "encode_batch_fast": encode(tokenizer.encode_batch_fast)}
+
+
+def _summary(seconds: dict[str, list[float]], name: str, size: int) -> dict[str, float]:
+    times = seconds[name]
+    # Round by round: what slows the machine for a while slows both sides of a ratio.
+    ratios = [reference / own for own, reference in zip(times, seconds[_REFERENCE], strict=True)]
+    return {
+        "seconds": statistics.median(times),
+        "megabytes_per_second": size / statistics.median(times) / 1e6,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    made = result["machine"]
+    table = Table(
+        title=f"{result['text_bytes'] / 1e6:.1f} MB of text, {result['documents']:,} documents, "
+        f"{result['tokens'] / 1e6:.1f} M tokens",
+        caption=f"median of {result['settings']['rounds']} interleaved rounds (least to most); {made['cpu']}, "
+        f"{result['workers']} workers, tokenizers {made['tokenizers']}",
+    )
+    for heading in ("", "MB/s", f"rate over {_REFERENCE}"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    for name, row in result["results"].items():
+        rate = f"{row['megabytes_per_second']:.2f}"
+        table.add_row(name, rate, f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})")
+    return table
