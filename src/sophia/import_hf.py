@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sophia.gpt2_config import CONFIG, from_gpt2_config, read_gpt2_config
 from sophia.gpt2_weights import PREFIX, from_gpt2, gpt2_shapes, is_mask
+from sophia.hf_tokenizer import check_tokenizer as check_tokenizer
 from sophia.model import GPTConfig
 
 WEIGHTS = "model.safetensors"

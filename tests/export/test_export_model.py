@@ -134,6 +134,18 @@ def test_a_wrong_weight_is_found_and_nothing_is_left(break_it, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"activation_function": "gelu_new"}, {"scale_attn_by_inverse_layer_idx": True}, {"layer_norm_epsilon": 1e-2}],
+)
+def test_a_wrong_configuration_is_found(wrong, tmp_path, monkeypatch):
+    right = export.to_gpt2_config
+    monkeypatch.setattr(export, "to_gpt2_config", lambda *a, **k: {**right(*a, **k), **wrong})
+    with pytest.raises(ValueError, match="logits of transformers differ by"):
+        export_model(small_model(), bpe(), tmp_path / "out", end_of_text=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_tokenizer_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
         export, "write_tokenizer", lambda _, *rest, **named: write(TOKENIZERS["bytes"](), *rest, **named)
