@@ -98,7 +98,7 @@ def _logits_on_cpu(model: GPT, tokens: Tensor) -> Tensor:
 def _compare_tokenizers(ours: Tokenizer, theirs: Any, folder: Path) -> None:
     """Compare ids and text with those of the tokenizer as a user gets it."""
     for probe in PROBES:
-        ids = ours.encode(probe).ids
+        ids = ours.encode(probe, add_special_tokens=False).ids  # as training saw it
         if ids != theirs(probe, verbose=False)["input_ids"]:
             raise ValueError(f"{folder}: AutoTokenizer gives other ids for {probe!r}: {_OURS}")
         if ours.decode(ids, skip_special_tokens=False) != theirs.decode(ids):

@@ -100,7 +100,7 @@ def from_gpt2_config(values: Mapping[str, Any], path: Path, *, dropout: float | 
             f"{path} has n_inner {inner!r}: only GPT-2s with {4 * sizes['width']} (4 n_embd) can be imported"
         )
     activation = values.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
             f"{path} has activation_function {activation!r}: only GPT-2s with {', '.join(_ACTIVATIONS)} can be imported"
         )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from sophia.data.tokenizer import load_tokenizer
 from sophia.data.tokens import END_OF_TEXT
@@ -25,9 +25,15 @@ control bytes."""
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, context: int, end_of_text: int | None) -> None:
-    """Write `tokenizer.json` and a `tokenizer_config.json` with which `transformers.AutoTokenizer` encodes the same."""
+    """Write `tokenizer.json` and a `tokenizer_config.json`.
+
+    With them `transformers.AutoTokenizer` makes of a text what training saw of it: nothing is put before or behind it.
+    """
     token = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
-    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    if plain.num_special_tokens_to_add(is_pair=False):
+        plain.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
+    (folder / TOKENIZER).write_text(plain.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,

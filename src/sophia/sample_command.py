@@ -65,7 +65,7 @@ def sample(settings: Annotated[SampleSettings, tyro.conf.arg(name="")]) -> None:
     """Continue a text with a trained model."""
     prompt = _prompt(settings)
     trained = load_trained(settings.run, settings.checkpoint, pick_device(settings.device))
-    ids = trained.tokenizer.encode(prompt).ids
+    ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids  # as training saw it
     if not ids:
         raise ValueError(f"the prompt {prompt!r} gives no tokens: give another")
     written = []

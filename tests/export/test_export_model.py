@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import processors
 
 from sophia import export, export_check
 from sophia.export import export_model
@@ -72,6 +73,21 @@ def test_text_becomes_the_same_tokens_and_back(name, split, tmp_path):
     assert theirs(text)["input_ids"] == ids
     assert theirs.decode(ids) == tokenizer.decode(ids, skip_special_tokens=False) == text
     assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (end_of_text, end_of_text, 24)
+
+
+def test_nothing_is_put_around_a_text_that_training_did_not_see(tmp_path):
+    tokenizer = bpe()
+    around = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.post_processor = around
+    assert tokenizer.encode("tea").ids[0] == 0
+    export_model(small_model(), tokenizer, tmp_path / "out", end_of_text=0)
+    _, theirs = load(tmp_path / "out")
+    assert (
+        theirs("tea")["input_ids"] == tokenizer.encode("tea", add_special_tokens=False).ids == bpe().encode("tea").ids
+    )
+    assert tokenizer.encode("tea").ids[0] == 0
 
 
 def test_what_the_tokenizer_returns_goes_straight_into_the_model(exported):
