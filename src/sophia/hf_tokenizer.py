@@ -109,7 +109,7 @@ def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
         tokenizer.encode_special_tokens = before
 
 
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, ...]]:
     merges = json.loads(tokenizer.to_str())["model"].get("merges", [])
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
