@@ -19,7 +19,8 @@ from rich.table import Table
 
 from sophia import machine
 from sophia.data.documents import Reading
-from sophia.data.prepare import Recipe, prepare
+from sophia.data.prepare import prepare
+from sophia.data.recipe import Recipe
 from sophia.data.sources import find_sources
 from sophia.prepare import usable_cores
 

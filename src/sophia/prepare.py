@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from sophia.data.prepare import Prepared, Progress, Recipe, prepare
+from sophia.data.prepare import Prepared, Progress, prepare
+from sophia.data.recipe import Recipe
 from sophia.data.shards import Dataset
 from sophia.data.sources import Sources, find_sources
 

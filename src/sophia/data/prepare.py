@@ -4,55 +4,30 @@ The result is a function of the sources and the recipe. Documents are read in or
 and written in order, so neither the number of workers nor where a batch or an interruption fell leaves a trace.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from sophia.data import tokenizer as tokenizers
-from sophia.data.documents import Reading
 from sophia.data.header import dtype_for
 from sophia.data.manifest import TOKENIZER, Manifest
 from sophia.data.prepare_folder import claimed, clear, find_journal
 from sophia.data.prepare_journal import JOURNAL, Journal
 from sophia.data.prepare_pool import Pool
-from sophia.data.prepare_worker import place
+from sophia.data.prepare_start import begin, identity_of, refuse_changes
+from sophia.data.recipe import Recipe
 from sophia.data.shard_writer import SplitWriter
-from sophia.data.shards import SHARD_TOKENS, Dataset, save_tokenizer, tokenizer_json, vocabulary_size
+from sophia.data.shards import Dataset, vocabulary_size
 from sophia.data.sources import Sources
+from sophia.data.tokenizer import BYTES
 
 JOURNAL_SECONDS = 2.0
 """At most this much work, and what was read ahead, is done again after a kill."""
 _BATCH_BYTES = 1 << 19
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How text becomes tokens: with the sources, all that the result depends on."""
-
-    tokenizer: str = "gpt2"
-    """gpt2 (fetched where online), bytes, bpe:N (trained on up to 64 MiB of the text), a tokenizer.json, or a folder
-    with one or with vocab.json and merges.txt."""
-    end_of_text: str | None = None
-    """The token put before every document; found by itself if it has one of the usual names."""
-    validation_fraction: float = 0.01
-    """Share of the documents that is kept for validation, chosen by a hash of their content."""
-    shard_tokens: int = SHARD_TOKENS
-    """A shard is closed by the first document that reaches this many tokens."""
-    reading: Reading = field(default_factory=Reading)
-    """How sources are taken apart."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
 
 
 class Progress(NamedTuple):
@@ -104,13 +79,13 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     with claimed(out):
-        identity = _identity(sources, recipe)
+        identity = identity_of(sources, recipe)
         journal = find_journal(out, overwrite=overwrite)
         continued = journal is not None
         if journal is None:
-            journal = _begin(out, sources, recipe, identity, status)
+            journal = begin(out, sources, recipe, identity, status)
         else:
-            _refuse_changes(out, journal, recipe, identity)
+            refuse_changes(out, journal, recipe, identity)
         task = _Task(out, sources, recipe, journal)
         try:
             task.run(workers, report)
@@ -118,55 +93,6 @@ def prepare(
         finally:
             task.close()
         return Prepared(dataset=dataset, seconds=journal.seconds, continued=continued, empty=journal.empty)
-
-
-def _identity(sources: Sources, recipe: Recipe) -> dict[str, Any]:
-    """What the result depends on; a tokenizer in a file is compared by its content besides."""
-    settings = asdict(recipe)
-    reading = settings.pop("reading")
-    listing = "\n".join("\t".join(item.identity) for item in sources.items)
-    return {**settings, **reading, "sources": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
-
-
-def _begin(
-    out: Path, sources: Sources, recipe: Recipe, identity: Mapping[str, Any], status: Callable[[str], None]
-) -> Journal:
-    """Make the tokenizer, and then the folder ours."""
-    if recipe.tokenizer.startswith(tokenizers.TRAINED):
-        tokenizers.vocab_size_of(recipe.tokenizer)
-        status(f"training the tokenizer {recipe.tokenizer}")
-        training = (
-            piece.text
-            for piece in tokenizers.sample(sources.items, recipe.reading)
-            if piece.text and place(piece.text) >= recipe.validation_fraction
-        )
-        tokenizer = tokenizers.train_on_sources(recipe.tokenizer, training)
-        end_of_text = tokenizers.with_end_of_text(tokenizer, recipe.end_of_text, recipe.tokenizer)
-    else:
-        status(f"loading the tokenizer {recipe.tokenizer}")
-        tokenizer, end_of_text = tokenizers.load_tokenizer(recipe.tokenizer, end_of_text=recipe.end_of_text)
-    clear(out)
-    journal = Journal(identity=identity, end_of_text=end_of_text)
-    journal.write(out)
-    journal.tokenizer_sha256 = save_tokenizer(tokenizer, out)
-    return journal
-
-
-def _refuse_changes(out: Path, journal: Journal, recipe: Recipe, identity: Mapping[str, Any]) -> None:
-    """An interrupted preparation goes on only with the sources and the recipe that it began with."""
-    restart = "repeat the command that began it, or start over with --overwrite"
-    for name, now in identity.items():
-        then = journal.identity.get(name)
-        if now == then or (name, then, now) == ("invalid_utf8", "error", "replace"):
-            continue  # all text so far was valid, so replacing would have changed nothing
-        what = "other or changed sources" if name == "sources" else f"{name} {then!r} instead of {now!r}"
-        raise ValueError(f"{out} holds an unfinished preparation of {what}; {restart}")
-    checksums = {hashlib.sha256((out / TOKENIZER).read_bytes()).hexdigest()}
-    if Path(recipe.tokenizer).exists():
-        tokenizer, _ = tokenizers.load_tokenizer(recipe.tokenizer, end_of_text=recipe.end_of_text)
-        checksums.add(hashlib.sha256(tokenizer_json(tokenizer)).hexdigest())
-    if checksums != {journal.tokenizer_sha256}:
-        raise ValueError(f"the tokenizer is not the one that the unfinished preparation in {out} began with; {restart}")
 
 
 class _Position(NamedTuple):
@@ -216,7 +142,7 @@ class _Task:
             end_of_text=self.end_of_text,
             dtype=self.dtype,
             validation_fraction=self.recipe.validation_fraction,
-            plain_bytes=self.recipe.tokenizer == tokenizers.BYTES,
+            plain_bytes=self.recipe.tokenizer == BYTES,
             workers=workers,
         )
         with pool:

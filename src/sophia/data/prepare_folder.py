@@ -17,12 +17,15 @@ _OURS = re.compile(
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder if need be and keep other preparations out. If it ends up empty it is removed again.
+    """Make the folder if need be and keep other preparations out. If it was made and ends up empty it is removed again.
 
     Raises:
-        ValueError: Another process is preparing this folder.
+        ValueError: It is a file, or another process is preparing it.
         OSError: It cannot be made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a new folder by --out")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
@@ -30,8 +33,9 @@ def claimed(folder: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             os.close(lock)
-        with suppress(OSError):
-            folder.rmdir()  # refused by the system unless empty
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # refused by the system unless empty
 
 
 def find_journal(folder: Path, *, overwrite: bool) -> Journal | None:

@@ -214,6 +214,7 @@ def _nothing(name: str, skipped: Counter[str]) -> str:
 def _refuse_twice(items: Iterable[Source]) -> None:
     seen: dict[str, str] = {}
     for item in items:
-        first = seen.setdefault(item.identity[0], item.name)
-        if first is not item.name:
-            raise ValueError(f"{item.name} is named twice (also as {first}); its text would count double: name it once")
+        key = item.identity[0]
+        if key in seen:
+            raise ValueError(f"{item.name} is named twice (as {seen[key]}); its text would count double: name it once")
+        seen[key] = item.name
