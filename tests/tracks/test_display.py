@@ -229,7 +229,7 @@ def test_the_time_left_follows_the_recent_pace():
     assert "left" not in lines[0]
     assert lines[1].startswith("step 1030/10000")
     assert lines[1].endswith("left 1:14:45")
-    assert lines[-1].endswith("left 1:06:40")
+    assert lines[-1].endswith("left 1:06:45")
 
 
 def test_a_rollback_does_not_confuse_it():
