@@ -170,8 +170,9 @@ class MachineSettings:
     """bf16 computes under autocast and keeps weights in fp32; auto does so on CUDA."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto does so on CUDA where its compiler is at hand."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: a whole model on each rank, or its parameters, gradients and optimizer state in shards."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """Under torchrun: a whole model on each rank (ddp); parameters, gradients and optimizer state in shards over all
+    ranks (fsdp), or over the ranks of each node (hsdp)."""
     deterministic: bool = False
     """Deterministic kernels on CUDA, which a bitwise resume there needs; slower."""
 

@@ -3,18 +3,23 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from sophia import rank_errors
 from sophia.model import GPT
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,8 @@ class World:
     """Number of ranks."""
     device: torch.device
     """Where this rank computes."""
+    node_size: int = 1
+    """Number of ranks on each node."""
 
     @property
     def main(self) -> bool:
@@ -42,13 +49,13 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
         if self.size == 1:
-            return number
-        numbers: list[int] = [0] * self.size
-        dist.all_gather_object(numbers, number)
-        return min(numbers)
+            return [value]
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
@@ -57,23 +64,22 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on all ranks when one of them has an error, so that none waits for another.
+    def everywhere(self, act: Callable[[], T]) -> T:
+        """What ``act`` returns here, once it has worked on all ranks: for what may fail on some, such as files.
 
         Raises:
-            The error itself on the rank that has it, ValueError with its text on the others.
+            ValueError, OSError: Of ``act`` on a rank where it failed; on the others ValueError, naming a rank that it
+                failed on.
         """
         if self.size == 1:
-            if error is not None:
-                raise error
-            return
-        texts: list[str | None] = [None] * self.size
-        dist.all_gather_object(texts, None if error is None else str(error))
-        if error is not None:
-            raise error
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise ValueError(f"rank {rank}: {text}")
+            return act()
+        error: Exception | None = None
+        try:
+            value = act()
+        except (ValueError, OSError) as problem:
+            error = problem
+        rank_errors.raise_shared(error, self.gather("" if error is None else str(error) or repr(error)))
+        return value
 
     def rows(self, total: int) -> range:
         """This rank's part of the rows of a global batch.
@@ -94,27 +100,57 @@ class World:
 def world(device: str) -> Iterator[World]:
     """Join the ranks that torchrun started, or be alone; leave the process group at the end.
 
+    Where a process group exists already, its ranks are the world, and it stays.
+
     Args:
         device: "auto", "cuda", "mps" or "cpu".
 
     Raises:
-        ValueError: This machine does not have the device.
+        ValueError: This machine, or that of another rank, does not have the device.
     """
-    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    place = pick_device(device, local_rank)
-    if "RANK" not in os.environ or dist.is_initialized():
-        started = dist.is_available() and dist.is_initialized()
-        yield World(rank=dist.get_rank() if started else 0, size=dist.get_world_size() if started else 1, device=place)
+    joined = dist.is_available() and dist.is_initialized()
+    if not joined and not rank_errors.many():
+        yield World(rank=0, size=1, device=pick_device(device))
         return
+    place, error = None, None
+    try:
+        place = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    except ValueError as problem:
+        error = problem
+    if not joined:
+        rank_errors.share_errors("device", error)
+    elif error is not None:
+        raise error
+    assert place is not None
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if joined:
+        size = dist.get_world_size()
+        yield World(rank=dist.get_rank(), size=size, device=place, node_size=node_size or size)
+        return
+    with _process_group(place) as (rank, size):
+        yield World(rank=rank, size=size, device=place, node_size=node_size or size)
+
+
+@contextlib.contextmanager
+def _process_group(place: torch.device) -> Iterator[tuple[int, int]]:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = place.type == "cuda"
     dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo",
+        "nccl" if on_gpu else "gloo",
+        store=PrefixStore("group", rank_errors.store()),
+        rank=rank,
+        world_size=size,
         timeout=datetime.timedelta(minutes=10),
-        device_id=place if place.type == "cuda" else None,
+        device_id=place if on_gpu else None,
     )
     try:
-        yield World(rank=int(os.environ["RANK"]), size=size, device=place)
-    finally:
-        dist.destroy_process_group()
+        yield rank, size
+    except BaseException:
+        # Ranks that wait for this one hear of its end as gloo's connections close. NCCL would wait for them here.
+        if not on_gpu:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -141,30 +177,51 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) -> nn.Module:
-    """Put a model under DDP or FSDP2; it stays as it is where this process is alone.
+    """Put a model under DDP ("ddp") or FSDP2 ("fsdp", "hsdp"); it stays as it is where this process is alone.
 
     With FSDP2 each block is a unit of its own; gradients are reduced in fp32 whatever the precision.
+
+    Raises:
+        ValueError: "hsdp" with nodes that have different numbers of ranks.
     """
     if here.size == 1:
         return model
+    if parallel == "ddp":
+        devices = [here.device] if here.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    mesh = _mesh(here, parallel)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if precision == torch.float32 else precision, reduce_dtype=torch.float32
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _mesh(here: World, parallel: str) -> DeviceMesh:
+    """All ranks in one dimension, or nodes in one and the ranks of a node in the other."""
     if parallel == "fsdp":
-        policy = MixedPrecisionPolicy(
-            param_dtype=None if precision == torch.float32 else precision, reduce_dtype=torch.float32
+        return init_device_mesh(here.device.type, (here.size,))
+    if here.size % here.node_size:
+        raise ValueError(
+            f"hsdp needs as many ranks on each node, and {here.size} ranks are not a multiple of the {here.node_size} "
+            "here: start as many everywhere, or choose --parallel fsdp"
         )
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        return model
-    devices = [here.device] if here.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    nodes = here.size // here.node_size
+    return init_device_mesh(here.device.type, (nodes, here.node_size), mesh_dim_names=("replicate", "shard"))
 
 
 def synchronized(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """The context of a micro-batch's forward and backward: gradients are reduced with the last one only."""
+    """The context of a micro-batch's forward and backward.
+
+    DDP reduces gradients with the last one only. FSDP2 scatters them with each, because whole gradients are what it
+    has no memory for; between the nodes of HSDP they are reduced with the last one only.
+    """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)
     return contextlib.nullcontext()
 
 

@@ -63,23 +63,14 @@ def start(settings: TrainSettings, here: World, note: Note) -> Session:
     Raises:
         ValueError: The settings do not fit, or the folder exists. Nothing was written then.
     """
-    dataset = _open(settings)
+    dataset = _open(settings, here)
     asked = settings.optimizer.curvature_chunks
     settings = resolve(settings, dataset, here)
     folder = RunFolder(here.share(settings.out or _free_folder(settings)))
-    if folder.path.exists():
-        raise ValueError(
-            f"the run folder {folder.path} exists: continue it with --resume {folder.path}, or choose another --out"
-        )
+    here.everywhere(lambda: _refuse_existing(folder.path))  # all have looked before one makes it
     session = _build(settings, folder, here, dataset, None, note)
     _fit_chunks(session, asked)
-    error: Exception | None = None
-    if here.main:
-        try:
-            _write_folder(session)
-        except OSError as problem:
-            error = problem
-    here.agree(error)
+    here.everywhere(lambda: _write_folder(session) if here.main else None)
     return session
 
 
@@ -102,8 +93,9 @@ def resume(path: Path, settings: TrainSettings, here: World, note: Note) -> Sess
         raise ValueError(
             f"{name} is {new}, but the run {path} was started with {old}: leave it out, or start a new run with it"
         )
-    dataset = _open(settings)
-    loaded = checkpoint.read(checkpoint.choose(folder.checkpoints))
+    dataset = _open(settings, here)
+    loaded = here.everywhere(lambda: checkpoint.read(checkpoint.choose(folder.checkpoints)))
+    _refuse_different(f"the latest checkpoint in {path}", loaded.state["step"], here)
     if dataset.fingerprint != loaded.state["data"]:
         raise ValueError(
             f"{settings.data} is not the data that {path} was trained on (its fingerprint begins with "
@@ -144,10 +136,26 @@ def _other_conditions(then: dict[str, Any], here: World) -> list[tuple[str, Any,
     return [(name, then.get(name), now[name]) for name in now if then.get(name) != now[name]]
 
 
-def _open(settings: TrainSettings) -> Dataset:
-    if settings.data is None:
+def _open(settings: TrainSettings, here: World) -> Dataset:
+    folder = settings.data
+    if folder is None:
         raise ValueError("no data: give --data FOLDER, which sophia prepare wrote")
-    return Dataset.open(settings.data)
+    dataset = here.everywhere(lambda: Dataset.open(folder))
+    _refuse_different(f"the data in {folder}", dataset.fingerprint, here)
+    return dataset
+
+
+def _refuse_different(what: str, value: str | int, here: World) -> None:
+    """Refuse ranks that see different files under one name, as nodes without a shared file system do."""
+    values = here.gather(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f"{what} is not the same on ranks 0 and {rank}: give all nodes the same files")
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"the run folder {path} exists: continue it with --resume {path}, or choose another --out")
 
 
 def _free_folder(settings: TrainSettings) -> Path:
@@ -186,12 +194,16 @@ def _build(
     model = GPT(config, torch.Generator().manual_seed(settings.batch.seed)).to(here.device)
     if settings.model.init_from is not None and resumed is None:
         _load_foreign(model, settings.model.init_from, dataset)
-    fsdp = here.size > 1 and settings.machine.parallel == "fsdp"
-    if fsdp and settings.optimizer.optimizer == "muon":
-        raise ValueError("muon cannot run under fsdp: torch's Muon needs whole matrices; choose --parallel ddp")
+    sharded = here.size > 1 and settings.machine.parallel != "ddp"
+    if sharded and settings.optimizer.optimizer == "muon":
+        # Its update of a DTensor comes out whole, and torch refuses to add that to a shard.
+        raise ValueError(
+            f"muon cannot run under {settings.machine.parallel}: torch's Muon needs whole matrices; choose "
+            "--parallel ddp"
+        )
     if compiles(settings, here.device, note):
         # One graph for each shape, whatever was seen before: a resumed run must not compile differently.
-        for part in model.blocks if fsdp else [model]:
+        for part in model.blocks if sharded else [model]:
             part.compile(dynamic=False)
     engine = spread(model, here, settings.machine.parallel, precision=precision)
     optimizers = Optimizers(settings.optimizer, engine, seed=settings.batch.seed)
@@ -221,7 +233,7 @@ def _build(
         resumed=resumed,
     )
     if settings.batch.micro_batch == "auto":
-        stepper.micro_batch = here.least(micro_batch.largest(stepper, session))
+        stepper.micro_batch = min(here.gather(micro_batch.largest(stepper, session)))
     return session
 
 
