@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sophia import SophiaG, SophiaH
 from sophia.config import OptimizerSettings
-from sophia.curvature import GaussNewtonBartlett
+from sophia.curvature import GaussNewtonBartlett, Hutchinson
 from sophia.optim.lion import Lion
 from sophia.optim.sophia import Sophia
 
@@ -30,7 +30,11 @@ class CurvatureBatch:
     rows: Sequence[int]
     """The global index of each row."""
     chunks: Sequence[int]
-    """The chunk of each row; -1 for a row that does not count."""
+    """The forward pass that each row belongs to; -1 for a row that does not count."""
+    passes: int
+    """Forward passes, as many on every rank."""
+    mean_rows: float
+    """Rows that count in a forward pass, on the average over all ranks and passes."""
 
 
 class Optimizers:
@@ -68,17 +72,18 @@ class Optimizers:
         """Estimate the curvature from this batch; all ranks call it together."""
         (sophia,) = self.parts
         assert isinstance(sophia, Sophia)
-        if isinstance(sophia, SophiaH):
-            sophia.refresh_curvature(functools.partial(_mean_loss, model, batch.inputs, batch.targets))
-            return
         forwards, rows = [], []
-        for chunk in range(self.settings.curvature_chunks or 1):
-            members = [place for place, its in enumerate(batch.chunks) if its == chunk]
+        for number in range(batch.passes):
+            members = [place for place, chunk in enumerate(batch.chunks) if chunk == number]
             # A rank without a row of this chunk goes along with one that does not count.
             kept = members or [0]
-            forwards.append(functools.partial(_masked_logits, model, batch.inputs[kept], bool(members)))
             rows += [batch.rows[place] for place in kept]
-        sophia.refresh_curvature(forwards, rows=rows)
+            if isinstance(sophia, SophiaH):
+                weight = len(members) / batch.mean_rows
+                forwards.append(functools.partial(_loss, model, batch.inputs[kept], batch.targets[kept], weight))
+            else:
+                forwards.append(functools.partial(_masked_logits, model, batch.inputs[kept], bool(members)))
+        sophia.refresh_curvature(forwards, rows=None if isinstance(sophia, SophiaH) else rows)
 
     def clip_fraction(self) -> float | None:
         """Sophia: share of the coordinates clipped in the last step, over all ranks; None for the others."""
@@ -86,8 +91,9 @@ class Optimizers:
         return float(first.stats(reduce=True)["clip_fraction"]) if isinstance(first, Sophia) else None
 
 
-def _mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """The mean loss times a weight: the plain mean over passes and ranks is then the mean over all rows."""
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) * weight
 
 
 def _masked_logits(model: nn.Module, inputs: Tensor, counts: bool) -> tuple[Tensor, Tensor]:
@@ -107,7 +113,8 @@ def _build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> li
     rest: dict[str, Any] = {"lr": lr, "betas": betas, "gamma": settings.gamma, "seed": seed}
     rest["curvature_interval"] = settings.curvature_interval
     if settings.optimizer == "sophia-h":
-        return [SophiaH(groups, **rest)]
+        # The form that works under DDP and FSDP2, too: one number of ranks gives the curvature of another.
+        return [SophiaH(groups, **rest, estimator=Hutchinson(product="finite_difference"))]
     return [SophiaG(groups, **rest, estimator=GaussNewtonBartlett(noise=settings.curvature_noise))]
 
 

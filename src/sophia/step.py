@@ -45,20 +45,27 @@ class Stepper:
     def curvature_batch(self, inputs: Tensor, targets: Tensor) -> CurvatureBatch:
         """This rank's rows among those that curvature is estimated from.
 
-        They are spread evenly over the global batch, and dealt to the chunks in turn: which row is in which chunk does
-        not depend on the number of ranks.
+        They are spread evenly over the global batch. Sophia-G deals them to the chunks in turn, whatever the number of
+        ranks: a chunk's gradient is squared. Sophia-H, whose estimate is a mean, takes them as micro-batches.
         """
-        wanted = self.optimizers.settings.curvature_rows or 1
+        wanted, chunks = self.optimizers.settings.curvature_rows or 1, self.optimizers.settings.curvature_chunks
         chosen = [place * self.total_rows // wanted for place in range(wanted)]
-        chunks = self.optimizers.settings.curvature_chunks or 1
-        own = [(row, place % chunks) for place, row in enumerate(chosen) if row in self.rows]
-        own = own or [(self.rows[0], -1)]
-        places = [row - self.rows[0] for row, _ in own]
+        own = [(row, place) for place, row in enumerate(chosen) if row in self.rows]
+        if chunks is None:
+            passes = -(-wanted // (self.here.size * self.micro_batch))  # no rank has more rows than any other, but one
+            members = [(row, number // self.micro_batch) for number, (row, _) in enumerate(own)]
+        else:
+            passes = chunks
+            members = [(row, place % chunks) for row, place in own]
+        members = members or [(self.rows[0], -1)]
+        places = [row - self.rows[0] for row, _ in members]
         return CurvatureBatch(
             inputs=inputs[places],
             targets=targets[places],
-            rows=[row for row, _ in own],
-            chunks=[chunk for _, chunk in own],
+            rows=[row for row, _ in members],
+            chunks=[number for _, number in members],
+            passes=passes,
+            mean_rows=wanted / (self.here.size * passes),
         )
 
     def gradients(self, inputs: Tensor, targets: Tensor, *, index: int) -> float:

@@ -132,7 +132,10 @@ def test_each_lowers_the_loss_and_takes_the_schedule(name):
         assert {group["lr"] for part in optimizers.parts for group in part.param_groups} == {5e-3}
         if optimizers.curvature_due:
             optimizers.refresh(
-                model, CurvatureBatch(inputs=inputs, targets=targets, rows=range(4), chunks=[0, 1, 0, 1])
+                model,
+                CurvatureBatch(
+                    inputs=inputs, targets=targets, rows=range(4), chunks=[0, 1, 0, 1], passes=2, mean_rows=2
+                ),
             )
             assert step % 10 == 0
         assert not optimizers.curvature_due
@@ -153,7 +156,10 @@ def test_chunks_are_squared_apart_and_a_row_that_does_not_count_changes_nothing(
     inputs, targets = batch()
     chunks = [0, 1, 1, 0]
     rows = [40, 41, 42, 43]
-    optimizers.refresh(model, CurvatureBatch(inputs=inputs, targets=targets, rows=rows, chunks=chunks))
+    optimizers.refresh(
+        model,
+        CurvatureBatch(inputs=inputs, targets=targets, rows=rows, chunks=chunks, passes=2, mean_rows=2),
+    )
     expected = SophiaG(other.parameters(), betas=(0.9, 0.95), seed=3, estimator=GaussNewtonBartlett())
     expected.refresh_curvature(
         [lambda kept=kept: other(inputs[kept]) for kept in ([0, 3], [1, 2])], rows=[40, 43, 41, 42]
