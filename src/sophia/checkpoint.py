@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +120,8 @@ def verify(path: Path) -> None:
     remedy = f"remove {path} to go on from the checkpoint before it"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError
     except FileNotFoundError:
         raise ValueError(f"{path} has no manifest.json: {remedy}") from None
     except ValueError:
@@ -172,12 +173,19 @@ def read_state(path: Path) -> dict[str, Any]:
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time, and removes old ones."""
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, done: Callable[[Path], None]) -> None:
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, interval: int) -> None:
+        """Prepare to write.
+
+        Args:
+            folder: Where the checkpoints of one run are.
+            keep_last: How many are kept, newest first.
+            keep_every: Those of steps divisible by this stay for good; 0 for none.
+            interval: Divides the steps of a run's regular checkpoints; the latest of these is always kept.
+        """
         self.folder = folder
-        self._keep_last, self._keep_every, self._done = keep_last, keep_every, done
+        self._keep_last, self._keep_every, self._interval = keep_last, keep_every, interval
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
-        _clear_up(folder)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write; waits for the one before.
@@ -206,34 +214,38 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
+    def last_regular(self) -> int | None:
+        """The latest step that has a checkpoint and is divisible by the interval, once nothing is in progress."""
+        self.wait()
+        return _last_regular(self.folder, self._interval)
+
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: a rollback has made them another run's."""
         self.wait()
-        for later in steps(self.folder):
+        for later in reversed(steps(self.folder)):
             if later > step:
-                shutil.rmtree(path_of(self.folder, later))
+                _remove(self.folder, later)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            path = write(self.folder, checkpoint)
+            write(self.folder, checkpoint)
             self._prune()
         except OSError as problem:
             self._error = problem
-        else:
-            self._done(path)
 
     def _prune(self) -> None:
-        have = steps(self.folder)
-        for step in have[: -self._keep_last]:
-            if not (self._keep_every and step % self._keep_every == 0):
-                # Renamed first: a kill in between must not leave half a checkpoint under a good name.
-                doomed = self.folder / f"{_PARTIAL}old-{step:08d}"
-                path_of(self.folder, step).rename(doomed)
-                shutil.rmtree(doomed)
+        # Whatever signals had written in between, a rollback finds the checkpoint that it would find without them.
+        regular = _last_regular(self.folder, self._interval)
+        for step in steps(self.folder)[: -self._keep_last]:
+            if step != regular and not (self._keep_every and step % self._keep_every == 0):
+                _remove(self.folder, step)
 
 
-def _clear_up(folder: Path) -> None:
-    """Remove what a run left that was killed while it wrote."""
+def clear_up(folder: Path) -> None:
+    """Remove what a run left that was killed while it wrote, and put back what it was about to replace.
+
+    Comes before any other look at the checkpoints of a run that may have been killed.
+    """
     if not folder.is_dir():
         return
     for old in folder.glob(f"{_REPLACED}*"):
@@ -244,6 +256,17 @@ def _clear_up(folder: Path) -> None:
             old.rename(new)
     for left in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _last_regular(folder: Path, interval: int) -> int | None:
+    return max((step for step in steps(folder) if step % interval == 0), default=None)
+
+
+def _remove(folder: Path, step: int) -> None:
+    # Renamed first: a kill in between must not leave half a checkpoint under a good name.
+    doomed = folder / f"{_PARTIAL}old-{step:08d}"
+    path_of(folder, step).rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _digest(path: Path) -> str:

@@ -132,8 +132,9 @@ def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> list[tor
             if params:
                 chosen.append({**group, "params": params})
     lr: Any = settings.lr
+    betas: Any = (0.9, settings.beta2)  # of AdamW; Muon's momentum is its own
     fused = _can_fuse([named for group in others for named in group["params"]])
-    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
+    adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)
     muon = torch.optim.Muon(matrices, lr=lr, momentum=settings.beta1 or 0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 

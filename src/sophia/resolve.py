@@ -11,6 +11,7 @@ from sophia.import_hf import import_gpt2
 from sophia.model import GPTConfig, padded_vocabulary
 from sophia.presets import Preset, preset
 from sophia.schedule import lr_factor
+from sophia.trackers import check_trackers
 
 # Every device gets the same padding, so that a checkpoint fits wherever it goes. A multiple of 64 serves tensor cores
 # (50257 becomes the 50304 of the paper) and wastes little on a small vocabulary.
@@ -32,7 +33,7 @@ def resolve(settings: TrainSettings, dataset: Dataset, here: World) -> TrainSett
     base = preset(settings.model.model)
     settings = _with_model(settings, base)
     settings = _with_lengths(settings, base)
-    settings = _with_optimizer(settings, base, here)
+    settings = _with_optimizer(settings, base)
     _check(settings, dataset, here)
     return settings
 
@@ -108,7 +109,7 @@ def _with_lengths(settings: TrainSettings, base: Preset) -> TrainSettings:
     )
 
 
-def _with_optimizer(settings: TrainSettings, base: Preset, here: World) -> TrainSettings:
+def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     chosen = settings.optimizer
     fields = {one.name for one in dataclasses.fields(chosen)}
     recipe = base.recipes.get(chosen.optimizer)
@@ -128,23 +129,14 @@ def _with_optimizer(settings: TrainSettings, base: Preset, here: World) -> Train
         )
     if is_sophia:
         check_positive(chosen, "curvature_rows", "curvature_chunks")
-        chosen = replace(chosen, **_curvature(settings, chosen.curvature_rows, here))
+        chosen = replace(chosen, **_curvature(settings, chosen.curvature_rows))
     return replace(settings, optimizer=chosen)
 
 
-def _curvature(settings: TrainSettings, rows: int | None, here: World) -> dict[str, Any]:
+def _curvature(settings: TrainSettings, rows: int | None) -> dict[str, Any]:
     total = rows_per_step(settings)
-    asked = rows
     if rows is None:
         rows = max(min(total, _CURVATURE_CHUNKS), total // _CURVATURE_SHARE)
-    if settings.optimizer.optimizer == "sophia-h":
-        if asked is None:  # its mean loss weighs every rank alike, so each needs as many rows
-            rows = min(-(-rows // here.size) * here.size, total)
-        if rows % here.size:
-            raise ValueError(
-                f"curvature_rows is {rows}, which cannot be divided equally among {here.size} ranks, as sophia-h needs "
-                f"it: choose a multiple of {here.size}"
-            )
     if rows > total:
         raise ValueError(f"curvature_rows is {rows}, but a step has {total} sequences: choose at most that")
     if settings.optimizer.optimizer == "sophia-h":
@@ -169,12 +161,13 @@ def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
         raise ValueError(f"micro_batch is {batch.micro_batch}; it must be at least 1, or auto")
     if batch.seed < 0:
         raise ValueError(f"seed is {batch.seed}; it must not be negative")
-    if settings.guards.spike_sigmas <= 0:
+    if not settings.guards.spike_sigmas > 0:  # NaN is refused, too, here and below
         raise ValueError(f"spike_sigmas is {settings.guards.spike_sigmas}; it must be positive")
-    if settings.optimizer.max_grad_norm < 0:
+    if not settings.optimizer.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm is {settings.optimizer.max_grad_norm}; it must be positive, or 0 for none")
     if settings.checkpoints.keep_every < 0:
         raise ValueError(f"keep_every is {settings.checkpoints.keep_every}; it must be at least 0")
+    check_trackers(settings.logging.track)
     here.rows(rows_per_step(settings))
     model_config(settings, dataset)
     factor(settings, 0)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -40,8 +41,8 @@ class Progress:
     """Updates left out because loss or gradient was not finite."""
     not_finite_in_row: int = 0
     """Such updates since the last good one."""
-    rollbacks: int = 0
-    """Returns to the present checkpoint."""
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Returns to the latest regular checkpoint, as the metrics tell them: its resume writes them again."""
     elapsed: float = 0.0
     """Seconds of training, over all resumes."""
     recent: list[float] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Outcome:
     evaluation: Evaluation | None
     """The last one."""
     signal: int
-    """The signal that ended it early, or 0."""
+    """The signal that ended it before the last step, or 0."""
 
 
 class Trainer:
@@ -70,6 +71,7 @@ class Trainer:
         self.settings, self.here = session.settings, session.here
         assert self.settings.schedule.steps is not None
         self.steps: int = self.settings.schedule.steps
+        self.interval = self.settings.checkpoints.checkpoint_interval or 1
         state = {} if session.resumed is None else session.resumed.state["progress"]
         self.progress = Progress(**state)
         self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
@@ -77,12 +79,13 @@ class Trainer:
             session.folder.checkpoints,
             keep_last=self.settings.checkpoints.keep_last,
             keep_every=self.settings.checkpoints.keep_every,
-            done=lambda path: None,
+            interval=self.interval,
         )
         self.evaluation: Evaluation | None = None
         self._started = time.perf_counter() - self.progress.elapsed
         self._last_log = (self.progress.step, self.elapsed)
         self._stop = False
+        self._tell_rollbacks()
 
     @property
     def elapsed(self) -> float:
@@ -104,9 +107,9 @@ class Trainer:
                     break
                 inputs, targets = next(batches)
                 loss, norm = self._gradients(inputs, targets)
-                if self._spiked(loss):
+                if self._spiked(loss) and (place := self._last_regular()) is not None:
                     batches.close()
-                    self._roll_back()
+                    self._roll_back(place)
                     batches, at_checkpoint = self._prefetch(), True
                     continue
                 self._update(loss, norm)
@@ -117,7 +120,12 @@ class Trainer:
         finally:
             batches.close()
         self.writer.wait()
-        return Outcome(step=self.progress.step, evaluation=self.evaluation, signal=self.signals.received)
+        early = self.progress.step < self.steps
+        return Outcome(
+            step=self.progress.step,
+            evaluation=self.evaluation,
+            signal=(self.signals.received or signal.SIGTERM) if early else 0,  # perhaps only another rank's
+        )
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
         """Curvature when due, then loss and gradient norm of the global batch; learns whether any rank was to stop."""
@@ -154,7 +162,8 @@ class Trainer:
         if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
             raise ValueError(
                 f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step "
-                f"{progress.step}; {self._last_checkpoint()}. A lower --lr or a longer --warmup-steps usually helps"
+                f"{progress.step}; {self._last_checkpoint()}. A new run with a lower --lr or a longer --warmup-steps "
+                "usually helps"
             )
 
     def _spiked(self, loss: float) -> bool:
@@ -164,38 +173,47 @@ class Trainer:
         step = self.progress.step + 1
         self.metrics.write({"step": step, "event": "spike", "loss": loss})
         self.note(f"step {step}: the loss {loss:.3f} stands out of the recent ones: a spike")
-        if self.settings.guards.on_spike != "rollback":
-            return False
-        if not checkpoint.steps(self.session.folder.checkpoints):
-            self.note("no checkpoint to return to yet: going on")
-            return False
-        return True
+        return self.settings.guards.on_spike == "rollback"
 
-    def _roll_back(self) -> None:
-        """Return to the last checkpoint, and leave out the batches that it was followed by."""
-        self.writer.wait()
-        loaded = checkpoint.read(checkpoint.choose(self.session.folder.checkpoints))
+    def _last_regular(self) -> int | None:
+        """Where to return to: a step that has a checkpoint in every course of this run, stopped in between or not."""
+        step: int | None = self.here.share(self.writer.last_regular() if self.here.main else None)
+        if step is None:
+            self.note("no checkpoint to return to yet: going on")
+        return step
+
+    def _roll_back(self, step: int) -> None:
+        """Return to a checkpoint, and leave out the batches that it was followed by."""
+        place = checkpoint.path_of(self.session.folder.checkpoints, step)
+        loaded = self.here.everywhere(lambda: checkpoint.read(place))  # by all, before it is replaced
         next_batch = self.progress.step + self.progress.skipped + 1
-        came_from = self.progress.step + 1
+        came_from, elapsed = self.progress.step + 1, self.elapsed
         restore(self.session, loaded)
-        elapsed = self.elapsed
         self.progress = Progress(**loaded.state["progress"])
         self.progress.elapsed = elapsed
-        left_out = next_batch - self.progress.step - self.progress.skipped
+        left_out = next_batch - step - self.progress.skipped
         self.progress.skipped += left_out
-        self.progress.rollbacks += 1
         self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
-        if self.progress.rollbacks > _MOST_ROLLBACKS:
+        if len(self.progress.rollbacks) >= _MOST_ROLLBACKS:
             raise ValueError(
-                f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {loaded.step}; "
-                f"{self._last_checkpoint()}. A lower --lr or a longer --warmup-steps usually helps"
+                f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {step}; {self._last_checkpoint()}. "
+                "A new run with a lower --lr or a longer --warmup-steps usually helps"
             )
-        self.metrics.cut(loaded.step)
-        event = {"step": loaded.step, "event": "rollback", "from_step": came_from, "skipped_batches": left_out}
-        self.metrics.write(event)
-        self.note(f"back to the checkpoint of step {loaded.step}; {left_out} batches left out")
+        event = {"step": step + 1, "event": "rollback", "from_step": came_from, "skipped_batches": left_out}
+        self.progress.rollbacks.append(event)
+        self.metrics.cut(step)
+        self._tell_rollbacks()
+        self.note(f"back to the checkpoint of step {step}; {left_out} batches left out")
+        if self.here.main:
+            self.writer.discard_after(step)
         self._save()  # so that a resume knows what was left out
         self._last_log = (self.progress.step, self.elapsed)
+
+    def _tell_rollbacks(self) -> None:
+        """Write down the returns to this checkpoint, whose lines were cut with those of all later steps."""
+        for event in self.progress.rollbacks:
+            if event["step"] > self.progress.step:
+                self.metrics.write(event)
 
     def _evaluate_when_due(self, done: bool) -> None:
         if not done and self.progress.step % (self.settings.evaluation.eval_interval or 1):
@@ -223,10 +241,11 @@ class Trainer:
         self._pause(self.elapsed - before)
 
     def _checkpoint_when_due(self, done: bool) -> None:
-        interval = self.settings.checkpoints.checkpoint_interval or 1
-        if done or self._stop or (self.progress.step and self.progress.step % interval == 0):
+        regular = self.progress.step > 0 and self.progress.step % self.interval == 0
+        if done or self._stop or regular:
             before = self.elapsed
-            self.progress.rollbacks = 0
+            if regular:
+                self.progress.rollbacks = []
             self._save()
             self._pause(self.elapsed - before)
         self.writer.check()
@@ -281,6 +300,8 @@ class Trainer:
         )
 
     def _last_checkpoint(self) -> str:
+        with contextlib.suppress(OSError):
+            self.writer.wait()
         try:
             place = checkpoint.choose(self.session.folder.checkpoints)
         except ValueError:

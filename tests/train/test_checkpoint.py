@@ -27,8 +27,8 @@ def make(step=3, seed=0, size=5):
     )
 
 
-def writer(folder, keep_last=2, keep_every=0):
-    return CheckpointWriter(folder, keep_last=keep_last, keep_every=keep_every, done=lambda path: None)
+def writer(folder, keep_last=2, keep_every=0, interval=1):
+    return CheckpointWriter(folder, keep_last=keep_last, keep_every=keep_every, interval=interval)
 
 
 def test_what_is_written_is_read_bit_for_bit(tmp_path):
@@ -149,13 +149,13 @@ def test_left_overs_of_a_kill_are_cleared_up(tmp_path):
     checkpoint.write(tmp_path, make(5))
     (tmp_path / ".partial-00000007").mkdir()
     (tmp_path / ".partial-00000007" / "model.safetensors").write_bytes(b"half")
-    writer(tmp_path)
+    checkpoint.clear_up(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path):
     checkpoint.write(tmp_path, make(5)).rename(tmp_path / ".replaced-00000005")
-    writer(tmp_path)
+    checkpoint.clear_up(tmp_path)
     checkpoint.verify(checkpoint.choose(tmp_path, 5))
 
 
