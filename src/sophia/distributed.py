@@ -190,9 +190,9 @@ def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) ->
         devices = [here.device] if here.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     mesh = _mesh(here, parallel)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == torch.float32 else precision, reduce_dtype=torch.float32
-    )
+    policy = MixedPrecisionPolicy()
+    if precision != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

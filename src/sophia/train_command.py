@@ -15,6 +15,7 @@ from sophia.distributed import World, world
 from sophia.guards import Signals
 from sophia.metrics import Metrics
 from sophia.plot_run import draw_run
+from sophia.rank_errors import ending_together, many, told_once
 from sophia.run import RunFolder
 from sophia.session import Session, resume, start
 from sophia.train import Outcome, Trainer, signal_name
@@ -49,16 +50,20 @@ def main(arguments: Sequence[str]) -> None:
         ValueError, OSError: What the user did cannot work; the message says why and what helps.
         SystemExit: Training was ended by a signal, or the help was asked for.
     """
-    command = tyro.cli(
-        TrainCommand,
-        prog="sophia train",
-        args=list(arguments),
-        default=TrainCommand(settings=_defaults(arguments)),
-    )
-    if command.check_reference:
-        reference.check(as_json=command.json)
-        return
-    train(command)
+    with ending_together():
+        with told_once():
+            command = tyro.cli(
+                TrainCommand,
+                prog="sophia train",
+                args=list(arguments),
+                default=TrainCommand(settings=_defaults(arguments)),
+            )
+        if command.check_reference and many():
+            raise ValueError("check_reference is about one process: start it without torchrun")
+        if command.check_reference:
+            reference.check(as_json=command.json)
+        else:
+            train(command)
 
 
 def train(command: TrainCommand) -> None:
