@@ -227,8 +227,8 @@ def _number(value: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """950, 12.3k, 4.56M, 1.2G …: three digits."""
-    for unit in ("", "k", "M", "G"):
+    """950, 12.3k, 4.56M, 1.23B …: three digits."""
+    for unit in ("", "k", "M", "B"):
         if value < 999.5:
             digits = 0 if value >= 99.95 or not unit else 1 if value >= 9.995 else 2
             return f"{value:.{digits}f}{unit}"

@@ -275,7 +275,7 @@ def test_amounts_and_durations():
         999.6: "1.00k",
         12_345: "12.3k",
         99_960: "100k",
-        2_457_600_000: "2.46G",
+        2_457_600_000: "2.46B",
         3e12: "3.0T",
     }
     assert {value: _amount(value) for value in amounts} == amounts
