@@ -55,6 +55,8 @@ class Session:
     """Text to evaluate on."""
     resumed: checkpoint.Checkpoint | None
     """What the run goes on from."""
+    compiled: bool
+    """Whether the model runs through torch.compile."""
 
 
 def start(settings: TrainSettings, here: World, note: Note) -> Session:
@@ -75,7 +77,7 @@ def start(settings: TrainSettings, here: World, note: Note) -> Session:
 
 
 def resume(path: Path, settings: TrainSettings, here: World, note: Note) -> Session:
-    """Continue a run from its latest checkpoint.
+    """Continue a run from its latest checkpoint, or from its start where a kill came before the first one.
 
     Args:
         path: The run folder.
@@ -87,25 +89,27 @@ def resume(path: Path, settings: TrainSettings, here: World, note: Note) -> Sess
         ValueError: The settings would make it another run, the data is other data, or the checkpoint is damaged.
     """
     folder = RunFolder(path)
-    changed = {name: pair for name, pair in differences(folder.settings(), settings).items() if name not in CHANGEABLE}
-    if changed:
-        name, (old, new) = next(iter(changed.items()))
-        raise ValueError(
-            f"{name} is {new}, but the run {path} was started with {old}: leave it out, or start a new run with it"
-        )
+    _refuse_changes(folder, settings)
     dataset = _open(settings, here)
-    loaded = here.everywhere(lambda: checkpoint.read(checkpoint.choose(folder.checkpoints)))
-    _refuse_different(f"the latest checkpoint in {path}", loaded.state["step"], here)
+    here.everywhere(lambda: checkpoint.clear_up(folder.checkpoints) if here.main else None)
+    loaded = here.everywhere(lambda: _latest(folder))
+    _refuse_different(f"the latest checkpoint in {path}", -1 if loaded is None else loaded.step, here)
+    if loaded is None:
+        note(f"{path} has no checkpoint yet: beginning from the start")
+        if here.main:
+            folder.metrics.unlink(missing_ok=True)
+        return _build(resolve(settings, dataset, here), folder, here, dataset, None, note)
     if dataset.fingerprint != loaded.state["data"]:
         raise ValueError(
             f"{settings.data} is not the data that {path} was trained on (its fingerprint begins with "
             f"{dataset.fingerprint[:12]}, the run's with {loaded.state['data'][:12]}): give the original with --data, "
             "or start a new run"
         )
-    settings = resolve(settings, dataset, here)
-    for name, then, now in _other_conditions(loaded.state["conditions"], here):
+    # Where the first weights came from matters no more, and may be gone.
+    settings = replace(settings, model=replace(settings.model, init_from=None))
+    session = _build(resolve(settings, dataset, here), folder, here, dataset, loaded, note)
+    for name, then, now in _other_conditions(loaded, session):
         note(f"resumed with {name} {now} instead of {then}: the run goes on, but not bit for bit")
-    session = _build(settings, folder, here, dataset, loaded, note)
     restore(session, loaded)
     return session
 
@@ -120,20 +124,41 @@ def restore(session: Session, loaded: checkpoint.Checkpoint) -> None:
     snapshot.load_optimizers(session.model, session.optimizers, loaded.optimizer, loaded.state["optimizers"])
 
 
-def conditions(here: World) -> dict[str, Any]:
+def conditions(session: Session) -> dict[str, Any]:
     """What a bitwise resume needs to find again."""
     return {
-        "ranks": here.size,
-        "device": torch.cuda.get_device_name() if here.device.type == "cuda" else here.device.type,
+        **_place(session.here),
+        "micro_batch": session.stepper.micro_batch,
+        "compile": session.compiled,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "sophia": __version__,
     }
 
 
-def _other_conditions(then: dict[str, Any], here: World) -> list[tuple[str, Any, Any]]:
-    now = conditions(here)
+def _place(here: World) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if here.device.type == "cuda" else here.device.type
+    return {"ranks": here.size, "device": device}
+
+
+def _other_conditions(loaded: checkpoint.Checkpoint, session: Session) -> list[tuple[str, Any, Any]]:
+    then, now = loaded.state["conditions"], conditions(session)
     return [(name, then.get(name), now[name]) for name in now if then.get(name) != now[name]]
+
+
+def _refuse_changes(folder: RunFolder, settings: TrainSettings) -> None:
+    for name, (old, new) in differences(folder.settings(), settings).items():
+        if name not in CHANGEABLE:
+            raise ValueError(
+                f"{name} is {new}, but the run {folder.path} was started with {old}: leave it out, or start a new run "
+                "with it"
+            )
+
+
+def _latest(folder: RunFolder) -> checkpoint.Checkpoint | None:
+    if not checkpoint.steps(folder.checkpoints):
+        return None
+    return checkpoint.read(checkpoint.choose(folder.checkpoints))
 
 
 def _open(settings: TrainSettings, here: World) -> Dataset:
@@ -167,13 +192,27 @@ def _free_folder(settings: TrainSettings) -> Path:
 
 
 def _write_folder(session: Session) -> None:
-    path = session.folder.path
-    path.mkdir(parents=True)
-    assert session.settings.data is not None
+    """Make the run folder, whole or not at all."""
+    path, chosen = session.folder.path, session.settings
+    assert chosen.data is not None
     # Absolute, so that the run can be resumed from anywhere.
-    settings = replace(session.settings, data=session.settings.data.resolve(), out=path.resolve())
-    write_toml(settings, session.folder.config)
-    shutil.copyfile(session.dataset.folder / "tokenizer.json", session.folder.tokenizer)
+    foreign = chosen.model.init_from and chosen.model.init_from.resolve()
+    chosen = replace(
+        chosen, data=chosen.data.resolve(), out=path.resolve(), model=replace(chosen.model, init_from=foreign)
+    )
+    partial = RunFolder(path.with_name(f".{path.name}.partial"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial.path, ignore_errors=True)
+        partial.path.mkdir()
+        write_toml(chosen, partial.config)
+        shutil.copyfile(session.dataset.folder / "tokenizer.json", partial.tokenizer)
+        partial.path.rename(path)
+    except OSError as problem:
+        shutil.rmtree(partial.path, ignore_errors=True)
+        raise OSError(
+            f"the run folder {path} cannot be made ({problem.strerror or problem}): choose another --out"
+        ) from None
 
 
 def _build(
@@ -201,7 +240,8 @@ def _build(
             f"muon cannot run under {settings.machine.parallel}: torch's Muon needs whole matrices; choose "
             "--parallel ddp"
         )
-    if compiles(settings, here.device, note):
+    compiled = compiles(settings, here.device, note)
+    if compiled:
         # One graph for each shape, whatever was seen before: a resumed run must not compile differently.
         for part in model.blocks if sharded else [model]:
             part.compile(dynamic=False)
@@ -231,10 +271,19 @@ def _build(
         batches=batches,
         validation=windows,
         resumed=resumed,
+        compiled=compiled,
     )
     if settings.batch.micro_batch == "auto":
-        stepper.micro_batch = min(here.gather(micro_batch.largest(stepper, session)))
+        stepper.micro_batch = _kept_micro_batch(session) or min(here.gather(micro_batch.largest(stepper, session)))
     return session
+
+
+def _kept_micro_batch(session: Session) -> int | None:
+    """What a resumed run had on the same kind of machine: another number would move its sums by a rounding."""
+    then = {} if session.resumed is None else session.resumed.state["conditions"]
+    same = {name: then.get(name) for name in ("ranks", "device")} == _place(session.here)
+    kept: int | None = then["micro_batch"] if same else None
+    return kept
 
 
 def _fit_chunks(session: Session, asked: int | None) -> None:

@@ -261,7 +261,7 @@ class Trainer:
             "model": vars(self.session.config),
             "end_of_text": self.session.dataset.end_of_text,
             "data": self.session.dataset.fingerprint,
-            "conditions": conditions(self.here),
+            "conditions": conditions(self.session),
         }
         self.writer.save(Checkpoint(step=self.progress.step, model=weights, optimizer=tensors, state=state))
 
