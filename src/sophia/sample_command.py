@@ -104,7 +104,6 @@ class _Continuation:
             temperature=settings.temperature,
             top_k=settings.top_k,
             generator=_generator(settings.seed, index),
-            stop_token=self.trained.end_of_text,
         )
         for step in steps:
             token = int(step)

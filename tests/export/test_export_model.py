@@ -1,6 +1,7 @@
 """`export_model`: what transformers makes of the folder, and that a folder is there whole or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,29 @@ def test_a_failed_overwrite_leaves_the_old_one(exported, tmp_path, monkeypatch):
         export_model(small_model(bias=True), bpe(), exported, end_of_text=0, overwrite=True)
     assert (exported / "model.safetensors").read_bytes() == before
     assert list(tmp_path.iterdir()) == [exported]
+
+
+def test_a_new_export_that_cannot_take_its_place_leaves_the_old_one(exported, tmp_path, monkeypatch):
+    def rename(path, target):
+        if path.name.startswith(".partial"):
+            raise OSError("the disk is gone")
+        return real(path, target)
+
+    real, before = Path.rename, (exported / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="the disk is gone"):
+        export_model(small_model(bias=True), bpe(), exported, end_of_text=0, overwrite=True, check=False)
+    assert (exported / "model.safetensors").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [exported]
+
+
+def test_a_link_is_not_overwritten(exported, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(exported)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"link (exists|is not an exported model)"):
+            export_model(small_model(), bpe(), link, end_of_text=0, overwrite=overwrite)
+    assert link.is_symlink()
 
 
 def test_without_transformers_it_is_refused_or_unchecked(tmp_path, monkeypatch):

@@ -96,6 +96,7 @@ def test_other_forms_of_the_weights(form, tmp_path):
     else:
         save_file(tensors, tmp_path / "model.safetensors")
     assert_same(theirs, ours(tmp_path))
+    assert {tensor.dtype for tensor in import_gpt2(tmp_path)[1].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": True, "activation": "gelu_tanh", "attention_scale_by_layer": True}])
