@@ -1,5 +1,6 @@
 """`sophia train`: settings from a file and the command line, a run from its start or its last checkpoint."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -70,13 +71,13 @@ def train(command: TrainCommand) -> None:
     """Train as the command says."""
     console = Console(stderr=command.json)
     signals = Signals()
-    with world(command.settings.machine.device) as here, signals.caught():
+    with world(command.settings.machine.device) as here, signals.caught(), contextlib.ExitStack() as held:
 
         def note(text: str) -> None:
             if here.main:
                 console.print(text, highlight=False, soft_wrap=True)
 
-        session = _session(command, here, note)
+        session = _session(command, here, note, held)
         if here.main:
             console.print(describe(session), highlight=False, soft_wrap=True)
         outcome = _run(session, console, signals)
@@ -86,10 +87,20 @@ def train(command: TrainCommand) -> None:
         raise SystemExit(_SIGNALLED + outcome.signal)
 
 
-def _session(command: TrainCommand, here: World, note: "reference.Note") -> Session:
+def _session(command: TrainCommand, here: World, note: "reference.Note", held: contextlib.ExitStack) -> Session:
+    """The run, out of bounds for other processes until ``held`` is closed."""
     if command.resume is None:
-        return start(command.settings, here, note)
+        session = start(command.settings, here, note)
+        _occupy(session.folder, here, held)
+        return session
+    if command.settings.out != command.resume:
+        raise ValueError(f"--out {command.settings.out}: a resumed run stays in its folder; leave --out away")
+    _occupy(RunFolder(command.resume), here, held)
     return resume(command.resume, command.settings, here, note)
+
+
+def _occupy(folder: RunFolder, here: World, held: contextlib.ExitStack) -> None:
+    here.everywhere(lambda: held.enter_context(folder.occupied()) if here.main else None)
 
 
 def _run(session: Session, console: Console, signals: Signals) -> Outcome:
@@ -132,7 +143,7 @@ def _conclude(session: Session, outcome: Outcome, console: Console, *, as_json: 
             soft_wrap=True,
         )
     else:
-        console.print(f"the run was finished already, after step {outcome.step}", highlight=False)
+        console.print(f"nothing left to do: the run was finished after step {outcome.step}", highlight=False)
     console.print(f"run folder: {path}   plot: {plot}", highlight=False, soft_wrap=True)
 
 
@@ -142,13 +153,14 @@ def describe(session: Session) -> str:
     size = sum(p.numel() for p in session.model.parameters())
     ranks = f" on {session.here.size} ranks" if session.here.size > 1 else ""
     accumulated = -(-len(stepper.rows) // stepper.micro_batch)
+    begun = f", going on after step {session.resumed.step}" if session.resumed is not None else ""
     return (
         f"{chosen.model.model}, {size / 1e6:.1f} M parameters, on {session.here.device.type}{ranks}; "
         f"{chosen.optimizer.optimizer}, peak learning rate {chosen.optimizer.lr:g}\n"
         f"{chosen.schedule.steps} steps of {chosen.batch.tokens_per_step} tokens "
         f"({f'{accumulated} times ' if accumulated > 1 else ''}{stepper.micro_batch} sequences of "
         f"{session.config.context}{' on each rank' if ranks else ''}); data: "
-        f"{session.dataset.train.tokens / 1e6:.1f} M tokens, vocabulary {session.dataset.vocab_size}"
+        f"{session.dataset.train.tokens / 1e6:.1f} M tokens, vocabulary {session.dataset.vocab_size}{begun}"
     )
 
 
