@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) ->
     if parallel == "ddp":
         devices = [here.device] if here.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Logits are a view. FSDP2 warns against changing one in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = _mesh(here, parallel)
     policy = MixedPrecisionPolicy()
     if precision != torch.float32:
