@@ -1,6 +1,8 @@
 """Settings with nothing left open: what the preset, the data and the number of ranks decide."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,25 @@ _SHORTEST_PART = 25
 _LONGEST_PART = 500
 _CURVATURE_SHARE = 8
 _CURVATURE_CHUNKS = 4
+# Where numbers must lie, section by section; NaN lies nowhere.
+_RANGES: Mapping[str, Mapping[str, tuple[Callable[[float], bool], str]]] = {
+    "optimizer": {
+        "lr": (lambda x: 0 < x < math.inf, "finite and above 0"),
+        "beta1": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        "beta2": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        "weight_decay": (lambda x: 0 <= x < math.inf, "finite and at least 0"),
+        "max_grad_norm": (lambda x: 0 <= x < math.inf, "finite and above 0, or 0 for any gradient"),
+        "gamma": (lambda x: 0 < x < math.inf, "finite and above 0"),
+        "curvature_interval": (lambda x: x >= 1, "at least 1"),
+    },
+    "schedule": {
+        "final_lr_fraction": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+        "decay_fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    },
+    "batch": {"seed": (lambda x: 0 <= x < 2**64, "at least 0 and below 2**64")},
+    "checkpoints": {"keep_every": (lambda x: x >= 0, "at least 1, or 0 to keep none for good")},
+    "guards": {"spike_sigmas": (lambda x: x > 0, "above 0")},
+}
 
 
 def resolve(settings: TrainSettings, dataset: Dataset, here: World) -> TrainSettings:
@@ -159,14 +180,11 @@ def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
         )
     if batch.micro_batch != "auto" and batch.micro_batch < 1:
         raise ValueError(f"micro_batch is {batch.micro_batch}; it must be at least 1, or auto")
-    if batch.seed < 0:
-        raise ValueError(f"seed is {batch.seed}; it must not be negative")
-    if not settings.guards.spike_sigmas > 0:  # NaN is refused, too, here and below
-        raise ValueError(f"spike_sigmas is {settings.guards.spike_sigmas}; it must be positive")
-    if not settings.optimizer.max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm is {settings.optimizer.max_grad_norm}; it must be positive, or 0 for none")
-    if settings.checkpoints.keep_every < 0:
-        raise ValueError(f"keep_every is {settings.checkpoints.keep_every}; it must be at least 0")
+    for section, ranges in _RANGES.items():
+        for name, (inside, where) in ranges.items():
+            value = getattr(getattr(settings, section), name)
+            if value is not None and not inside(value):
+                raise ValueError(f"{name} is {value}; it must be {where}")
     check_trackers(settings.logging.track)
     here.rows(rows_per_step(settings))
     model_config(settings, dataset)

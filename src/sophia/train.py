@@ -22,11 +22,13 @@ from sophia.evaluate import Evaluation, evaluate
 from sophia.guards import Signals, SpikeWatch
 from sophia.metrics import Metrics
 from sophia.micro_batch import run_within_memory
+from sophia.optim.dtensor import local
 from sophia.resolve import factor
 from sophia.session import Session, conditions, restore
 
 # A spike that comes back after so many rollbacks to one checkpoint is not the fault of single batches.
 _MOST_ROLLBACKS = 5
+_USUALLY_HELPS = "A new run with a lower --lr or a longer --warmup-steps usually helps"
 
 
 @dataclass(kw_only=True)
@@ -162,8 +164,7 @@ class Trainer:
         if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
             raise ValueError(
                 f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step "
-                f"{progress.step}; {self._last_checkpoint()}. A new run with a lower --lr or a longer --warmup-steps "
-                "usually helps"
+                f"{progress.step}; {self._last_checkpoint()}. {_USUALLY_HELPS}"
             )
 
     def _spiked(self, loss: float) -> bool:
@@ -197,7 +198,7 @@ class Trainer:
         if len(self.progress.rollbacks) >= _MOST_ROLLBACKS:
             raise ValueError(
                 f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {step}; {self._last_checkpoint()}. "
-                "A new run with a lower --lr or a longer --warmup-steps usually helps"
+                f"{_USUALLY_HELPS}"
             )
         event = {"step": step + 1, "event": "rollback", "from_step": came_from, "skipped_batches": left_out}
         self.progress.rollbacks.append(event)
@@ -241,14 +242,24 @@ class Trainer:
         self._pause(self.elapsed - before)
 
     def _checkpoint_when_due(self, done: bool) -> None:
+        before = self.elapsed
         regular = self.progress.step > 0 and self.progress.step % self.interval == 0
-        if done or self._stop or regular:
-            before = self.elapsed
+        if (done or self._stop or regular) and self._sound(done):
             if regular:
                 self.progress.rollbacks = []
             self._save()
             self._pause(self.elapsed - before)
         self.writer.check()
+
+    def _sound(self, done: bool) -> bool:
+        """Whether the weights are worth keeping: a loss that is not finite may come of weights that are not."""
+        if not self.progress.not_finite_in_row:
+            return True
+        bad = sum(int((~local(p.detach()).isfinite()).sum()) for p in self.session.model.parameters())
+        (bad_anywhere,) = self.here.sum(float(bad))
+        if bad_anywhere and done:
+            raise ValueError(f"the last weights are not finite; {self._last_checkpoint()}. {_USUALLY_HELPS}")
+        return not bad_anywhere
 
     def _save(self) -> None:
         weights, tensors, settings = snapshot.take(self.session.model, self.session.optimizers, self.here)

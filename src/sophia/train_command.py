@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from sophia import reference
+from sophia import checkpoint, reference
 from sophia.config import TrainSettings, read_toml
 from sophia.display import Display
 from sophia.distributed import World, world
@@ -127,9 +127,10 @@ def _conclude(session: Session, outcome: Outcome, console: Console, *, as_json: 
         answer = {"run": str(path), "step": outcome.step, "steps": steps, "val_loss": found and found.loss}
         print(json.dumps(answer))
     if outcome.signal:
+        saved = (checkpoint.steps(session.folder.checkpoints) or [0])[-1]
         console.print(
-            f"{signal_name(outcome.signal)}: stopped after step {outcome.step} of {steps}, with a checkpoint; "
-            f"go on with\n  sophia train --resume {path}",
+            f"{signal_name(outcome.signal)}: stopped after step {outcome.step} of {steps}, with a checkpoint of step "
+            f"{saved}; go on with\n  sophia train --resume {path}",
             highlight=False,
             soft_wrap=True,
         )
