@@ -32,7 +32,7 @@ class PrepareSettings:
     parquet; text and JSON lines also as .gz .xz .zst. With --verify: data folders."""
     out: Path | None = None
     """Folder for the shards, manifest.json and tokenizer.json."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     """How text becomes tokens."""
     workers: int | None = None
     """Processes that encode; by default one for each core that this process may use. The result is the same."""

@@ -30,7 +30,7 @@ def begin(
     """Make the tokenizer, and then the folder ours."""
     if recipe.tokenizer.startswith(tokenizers.TRAINED):
         tokenizers.vocab_size_of(recipe.tokenizer)
-        status(f"training the tokenizer {recipe.tokenizer}")
+        status(f"training the tokenizer {recipe.tokenizer} on a sample of the text")
         training = (
             piece.text
             for piece in tokenizers.sample(sources.items, recipe.reading)
@@ -39,7 +39,8 @@ def begin(
         tokenizer = tokenizers.train_on_sources(recipe.tokenizer, training)
         end_of_text = tokenizers.with_end_of_text(tokenizer, recipe.end_of_text, recipe.tokenizer)
     else:
-        status(f"loading the tokenizer {recipe.tokenizer}")
+        if recipe.tokenizer in tokenizers.BY_NAME:
+            status(f"fetching the tokenizer {recipe.tokenizer}")
         tokenizer, end_of_text = tokenizers.load_tokenizer(recipe.tokenizer, end_of_text=recipe.end_of_text)
     clear(out)
     journal = Journal(identity=identity, end_of_text=end_of_text)
@@ -57,6 +58,8 @@ def refuse_changes(out: Path, journal: Journal, recipe: Recipe, identity: Mappin
             continue  # all text so far was valid, so replacing would have changed nothing
         what = "other or changed sources" if name == "sources" else f"{name} {then!r} instead of {now!r}"
         raise ValueError(f"{out} holds an unfinished preparation of {what}; {restart}")
+    if not (out / TOKENIZER).is_file():
+        raise ValueError(f"{out / TOKENIZER} is gone; start over with --overwrite")
     checksums = {hashlib.sha256((out / TOKENIZER).read_bytes()).hexdigest()}
     if Path(recipe.tokenizer).exists():
         tokenizer, _ = tokenizers.load_tokenizer(recipe.tokenizer, end_of_text=recipe.end_of_text)

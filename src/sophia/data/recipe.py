@@ -1,6 +1,9 @@
 """How text becomes tokens: with the sources, all that a data folder depends on."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
 
 from sophia.data.documents import Reading
 from sophia.data.shards import SHARD_TOKENS
@@ -19,7 +22,7 @@ class Recipe:
     """Share of the documents that is kept for validation, chosen by a hash of their content."""
     shard_tokens: int = SHARD_TOKENS
     """A shard is closed by the first document that reaches this many tokens."""
-    reading: Reading = field(default_factory=Reading)
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     """How sources are taken apart."""
 
     def __post_init__(self) -> None:
