@@ -112,7 +112,7 @@ def _show(trained: Trained, dataset: Dataset, windows: ValidationWindows, found:
     size = f"{windows.count} windows of {trained.model.config.context}"
     print(f"{which}{found.tokens} tokens in {size} from the validation split of {dataset.folder}")
     print(f"loss           {found.loss:.4f} nats a token")
-    print(f"perplexity     {found.perplexity:.4g}")
+    print(f"perplexity     {found.perplexity:.2f}")
     print(f"bits per byte  {found.bits_per_byte:.4f}")
 
 

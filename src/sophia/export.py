@@ -24,6 +24,21 @@ from sophia.machine import write_json
 from sophia.model import GPT
 
 
+def check_possible(folder: Path, *, overwrite: bool, check: bool) -> None:
+    """Refuse what `export_model` cannot do whatever the model is, before one is loaded.
+
+    Raises:
+        ValueError: The folder exists, and is not an exported model to overwrite; or `transformers` is missing.
+    """
+    if folder.exists() or folder.is_symlink():
+        if not overwrite:
+            raise ValueError(f"{folder} exists: name a new folder, or export with --overwrite")
+        if folder.is_symlink() or not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
+            raise ValueError(f"{folder} is not an exported model, so it is not overwritten: name a new folder")
+    if check:
+        require_transformers()
+
+
 def export_model(
     model: GPT,
     tokenizer: Tokenizer,
@@ -52,7 +67,7 @@ def export_model(
         OSError: The folder cannot be written. After any error there is no new folder, and an old one is as it was.
     """
     folder = Path(folder)
-    _refuse_existing(folder, overwrite=overwrite)
+    check_possible(folder, overwrite=overwrite, check=check)
     ids = vocabulary_size(tokenizer)
     if ids > model.config.vocab_size:
         raise ValueError(
@@ -61,23 +76,12 @@ def export_model(
         )
     if end_of_text is not None and tokenizer.id_to_token(end_of_text) is None:
         raise ValueError(f"end_of_text is {end_of_text}, which is no id of the tokenizer")
-    if check:
-        require_transformers()
 
     def fill(partial: Path) -> Check | None:
         _write(model, tokenizer, partial, end_of_text=end_of_text)
         return check_export(model, tokenizer, partial) if check else None
 
     return _appear(folder, fill)
-
-
-def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    if not (folder.exists() or folder.is_symlink()):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} exists: name a new folder, or export with --overwrite")
-    if folder.is_symlink() or not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
-        raise ValueError(f"{folder} is not an exported model, so it is not overwritten: name a new folder")
 
 
 def _write(model: GPT, tokenizer: Tokenizer, folder: Path, *, end_of_text: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from sophia.export import export_model
+from sophia.export import check_possible, export_model
 from sophia.run import load_run
 
 
@@ -29,8 +29,8 @@ class ExportSettings:
 
 def export(settings: Annotated[ExportSettings, tyro.conf.arg(name="")]) -> None:
     """Write a trained model as a GPT-2 folder that transformers loads, checked."""
-    console = Console()
-    with console.status("exporting"):
+    check_possible(settings.out, overwrite=settings.overwrite, check=settings.check)
+    with Console().status("exporting"):
         run = load_run(settings.run, settings.checkpoint)
         check = export_model(
             run.model,
