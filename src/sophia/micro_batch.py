@@ -1,5 +1,6 @@
 """How many sequences fit into one forward pass: found before training, and corrected when memory runs out after all."""
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from sophia import plan
+from sophia.memory import Parallel
 from sophia.step import Stepper
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def largest(stepper: Stepper, session: "Session") -> int:
     if session.here.device.type == "cuda":
         return _tried(stepper, session)
     free = free_memory()
+    if free is not None:
+        free //= session.here.node_size  # whose ranks share it
     sizes = _divisors(len(stepper.rows))
     for size in sizes:
         if free is None or _estimate(session, size) <= _SHARE_OF_FREE_MEMORY * free:
@@ -81,28 +86,52 @@ def run_within_memory(compute: Callable[[], float], session: "Session", note: Ca
 
 
 def _tried(stepper: Stepper, session: "Session") -> int:
-    device = session.here.device
-    inputs = torch.zeros(len(stepper.rows), session.config.context, dtype=torch.long, device=device)
-    # The optimizer's tensors come with the first step: their place is kept.
-    state = plan.optimizer_bytes(session.config, session.settings.optimizer.optimizer) // session.here.size
     for size in _divisors(len(stepper.rows)):
         stepper.micro_batch = size
-        try:
-            reserved = torch.empty(state, dtype=torch.uint8, device=device)
-            stepper.gradients(inputs[: min(2 * size, len(inputs))], inputs[: min(2 * size, len(inputs))], index=0)
-            del reserved
-        except torch.OutOfMemoryError:
-            _free(stepper)
-            continue
+        fits = _fits(stepper, session)
         _free(stepper)
-        return size
+        if all(session.here.gather(fits)):
+            return size
     raise ValueError(
-        f"not even one sequence of {session.config.context} tokens fits {device}: choose a smaller --model or "
-        "--context, --activation-checkpointing, or more GPUs with --parallel fsdp"
+        f"not even one sequence of {session.config.context} tokens fits {session.here.device}: choose a smaller "
+        "--model or --context, --activation-checkpointing, or more GPUs with --parallel fsdp"
     )
 
 
+def _fits(stepper: Stepper, session: "Session") -> bool:
+    """Whether two micro-batches can be computed here; the second one has the gradients of the first beside it.
+
+    Under DDP without a word to the other ranks: one that runs out of memory leaves none waiting. Under FSDP2 every
+    forward pass is a collective call, and ranks must have GPUs of one size to run out of memory together.
+    """
+    rows, device = min(2 * stepper.micro_batch, len(stepper.rows)), session.here.device
+    inputs = torch.zeros(rows, session.config.context, dtype=torch.long, device=device)
+    _, shards = _sharing(session)
+    alone = stepper.model.no_sync() if isinstance(stepper.model, DistributedDataParallel) else contextlib.nullcontext()
+    try:
+        # The optimizer's tensors come with the first step: their place is kept.
+        kept = plan.optimizer_bytes(session.config, session.settings.optimizer.optimizer) // shards
+        reserved = torch.empty(kept, dtype=torch.uint8, device=device)
+        with alone:
+            stepper.gradients(inputs, inputs, index=0)
+        del reserved
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def _sharing(session: "Session") -> tuple[Parallel, int]:
+    """How `plan` calls what the ranks do, and into how many parts it cuts what has the size of the parameters."""
+    here, parallel = session.here, session.settings.machine.parallel
+    if here.size == 1:
+        return "none", 1
+    if parallel == "ddp":
+        return "ddp", 1
+    return "fsdp", here.node_size if parallel == "hsdp" else here.size
+
+
 def _estimate(session: "Session", size: int) -> int:
+    parallel, shards = _sharing(session)
     return plan.step_memory(
         session.config,
         micro_batch=size,
@@ -111,6 +140,8 @@ def _estimate(session: "Session", size: int) -> int:
         precision="fp32" if session.settings.machine.precision != "bf16" else "bf16",
         activation_checkpointing=session.config.activation_checkpointing,
         device=session.here.device.type,
+        parallel=parallel,
+        ranks=shards if parallel == "fsdp" else session.here.size,
     ).total
 
 

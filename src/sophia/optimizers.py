@@ -2,7 +2,7 @@
 
 import fnmatch
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,8 @@ class Optimizers:
         """Estimate the curvature from this batch; all ranks call it together."""
         (sophia,) = self.parts
         assert isinstance(sophia, Sophia)
-        forwards, rows = [], []
+        forwards: list[Callable[[], Any]] = []
+        rows: list[int] = []
         for number in range(batch.passes):
             members = [place for place, chunk in enumerate(batch.chunks) if chunk == number]
             # A rank without a row of this chunk goes along with one that does not count.

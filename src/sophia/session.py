@@ -127,7 +127,7 @@ def restore(session: Session, loaded: checkpoint.Checkpoint) -> None:
 def conditions(session: Session) -> dict[str, Any]:
     """What a bitwise resume needs to find again."""
     return {
-        **_place(session.here),
+        **_place(session),
         "micro_batch": session.stepper.micro_batch,
         "compile": session.compiled,
         "threads": torch.get_num_threads(),
@@ -136,9 +136,11 @@ def conditions(session: Session) -> dict[str, Any]:
     }
 
 
-def _place(here: World) -> dict[str, Any]:
+def _place(session: Session) -> dict[str, Any]:
+    here = session.here
     device = torch.cuda.get_device_name() if here.device.type == "cuda" else here.device.type
-    return {"ranks": here.size, "device": device}
+    parallel = f" under {session.settings.machine.parallel}" if here.size > 1 else ""
+    return {"ranks": f"{here.size}{parallel}", "device": device}
 
 
 def _other_conditions(loaded: checkpoint.Checkpoint, session: Session) -> list[tuple[str, Any, Any]]:
@@ -274,16 +276,22 @@ def _build(
         compiled=compiled,
     )
     if settings.batch.micro_batch == "auto":
-        stepper.micro_batch = _kept_micro_batch(session) or min(here.gather(micro_batch.largest(stepper, session)))
+        stepper.micro_batch = _kept_micro_batch(session) or _largest_micro_batch(session)
     return session
 
 
 def _kept_micro_batch(session: Session) -> int | None:
     """What a resumed run had on the same kind of machine: another number would move its sums by a rounding."""
     then = {} if session.resumed is None else session.resumed.state["conditions"]
-    same = {name: then.get(name) for name in ("ranks", "device")} == _place(session.here)
+    same = {name: then.get(name) for name in ("ranks", "device")} == _place(session)
     kept: int | None = then["micro_batch"] if same else None
     return kept
+
+
+def _largest_micro_batch(session: Session) -> int:
+    """What fits the rank with the least memory."""
+    here = session.here
+    return min(here.gather(here.everywhere(lambda: micro_batch.largest(session.stepper, session))))
 
 
 def _fit_chunks(session: Session, asked: int | None) -> None:
