@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import threading
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
 
-from sophia import checkpoint
+from sophia import checkpoint, train_command
 from sophia.cli import main
 from sophia.data.shards import write_dataset
 from sophia.data.tokenizer import byte_tokenizer
@@ -24,7 +23,7 @@ SMALL = {
     "tokens-per-step": 96,
     "micro-batch": 4,
     "steps": 12,
-    "warmup-steps": 3,
+    "warmup-steps": 2,
     "eval-interval": 4,
     "eval-windows": 5,
     "log-interval": 1,
@@ -83,8 +82,29 @@ def resume(run, **flags):
     return sophia("train", "--resume", run, *_written({name.replace("_", "-"): v for name, v in flags.items()}))
 
 
+def without_plots(monkeypatch):
+    """Drawing takes longer than these runs; the subprocesses of test_kill.py draw."""
+    monkeypatch.setattr(train_command, "draw_run", lambda folder: (folder / "loss.png").touch() or folder / "loss.png")
+
+
 class Killed(BaseException):
     """Ends a run as abruptly as an exception can."""
+
+
+def crashes(start, *args, **flags):
+    """Whether a run that is started so crashes; else it must end well."""
+    try:
+        assert start(*args, **flags) == 0
+    except Killed:
+        return True
+    return False
+
+
+def through_crashes(data, out, **flags):
+    """Train and resume, again and again, until nothing crashes."""
+    if crashes(train, data, out, **flags):
+        while crashes(resume, out):
+            pass
 
 
 def before_batch(monkeypatch, act):
@@ -158,6 +178,3 @@ def assert_equal(run, other):
 
 def weights(run):
     return load_file(latest(run) / "model.safetensors")
-
-
-signals = signal  # so that tests need one import
