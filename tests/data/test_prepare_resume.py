@@ -13,6 +13,7 @@ import pytest
 from sophia.cli import main
 from sophia.data import prepare as pipeline
 from sophia.data.prepare_folder import claimed
+from sophia.data.shards import Dataset
 from tests.data import plain
 
 TEXTS = plain.texts(120)
@@ -119,6 +120,8 @@ def test_interrupted_again_and_again(monkeypatch, tmp_path, whole):
 def test_it_does_go_on(monkeypatch, tmp_path, capsys):
     """And does not simply begin again."""
     interrupt(monkeypatch, PLACES["writing"], 12)
+    with pytest.raises(ValueError, match="data is not finished; give the sophia prepare command"):
+        Dataset.open(tmp_path / "data")
     position = json.loads((tmp_path / "data" / "unfinished.json").read_text())
     assert position["documents"] > 5
     opened = []

@@ -11,6 +11,8 @@ from sophia.machine import write_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+JOURNAL = "unfinished.json"
+"""There as long as the folder is being prepared."""
 FORMAT = "sophia-data"
 VERSION = 1
 
@@ -69,9 +71,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
+        if (folder / JOURNAL).is_file():
+            raise ValueError(f"{folder} is not finished; give the sophia prepare command that began it once more")
         reason = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
         raise ValueError(
-            f"{folder} is not a finished data folder ({reason}); make one with: sophia prepare SOURCE --out"
+            f"{folder} is not a finished data folder ({reason}); make one with: sophia prepare SOURCE --out {folder}"
         )
     try:
         content = json.loads(path.read_bytes())

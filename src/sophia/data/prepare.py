@@ -14,9 +14,9 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from sophia.data.header import dtype_for
-from sophia.data.manifest import TOKENIZER, Manifest
+from sophia.data.manifest import JOURNAL, TOKENIZER, Manifest
 from sophia.data.prepare_folder import claimed, clear, find_journal
-from sophia.data.prepare_journal import JOURNAL, Journal
+from sophia.data.prepare_journal import Journal
 from sophia.data.prepare_pool import Pool
 from sophia.data.prepare_start import begin, identity_of, refuse_changes
 from sophia.data.recipe import Recipe

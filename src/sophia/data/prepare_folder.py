@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sophia.data.manifest import MANIFEST, TOKENIZER, read_manifest
-from sophia.data.prepare_journal import JOURNAL, Journal, read_journal
+from sophia.data.manifest import JOURNAL, MANIFEST, TOKENIZER, read_manifest
+from sophia.data.prepare_journal import Journal, read_journal
 
 _OURS = re.compile(
     rf"({re.escape(MANIFEST)}|{re.escape(JOURNAL)})(\.partial)?|{re.escape(TOKENIZER)}|"

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-JOURNAL = "unfinished.json"
+from sophia.data.manifest import JOURNAL
+
 _VERSION = 1
 
 

@@ -29,7 +29,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     while True:
         try:
             texts = pickle.load(requests)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the other end is gone, perhaps in the middle of a request
             return
         try:
             answer: Any = encode(tokenizer, texts, settings)
@@ -63,4 +63,6 @@ if __name__ == "__main__":
     # Modules here must not stand in for others of their name.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the other process decides
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # if it is killed there is nobody to complain to
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -22,7 +22,7 @@ _JSON_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _PARQUET_SUFFIXES = frozenset({".parquet"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """Something that gives documents, in the same order every time."""
 
@@ -131,7 +131,7 @@ def _file(path: Path, *, must_hold_text: bool) -> Source:
         raise ValueError(f"{path} is empty; leave it out")
     return Source(
         name=str(path),
-        identity=(str(path.resolve()), str(status.st_size), str(status.st_mtime_ns)),
+        identity=(str(path.resolve()), f"{status.st_size} {status.st_mtime_ns}"),
         size=status.st_size,
         documents=partial(documents, path),
         must_hold_text=must_hold_text,
