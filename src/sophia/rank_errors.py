@@ -2,7 +2,7 @@
 
 Under torchrun every rank is a process of its own. The same mistake would be told by each of them; an error of one would
 leave the others in a collective call that never ends. So a rank that ends writes what it has to say into the store that
-torchrun keeps, hears what the others say, and the lowest of them tells the user.
+torchrun keeps, hears what the others say, and one of them tells the user: the lowest, if it does not hang.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-# Seconds that a rank waits for the others to end, too. Under gloo they hear of it at once; under NCCL one that hangs in
-# a collective call does not, and is ended by torchrun.
-_PATIENCE = 10.0
+# Seconds that a rank waits for the others to end, too. One in a collective call may learn of an end only when the
+# process is gone: under gloo as its connections close, under NCCL as torchrun terminates the others. A rank that has
+# nothing to tell but that it lost contact has more time: the others may be computing.
+_PATIENCE_TO_TELL = 3.0
+_PATIENCE_TO_LEARN = 10.0
 _PAUSE = 0.02
 _LOST_CONTACT = ("gloo", "nccl", "failed on rank")
 _USER_ERROR = 2
@@ -52,15 +54,18 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code:
-            _hear("")  # what there was to say is said: the others must not be terminated before they have said it, too
+        if end.code:  # all is said here: wait, so that torchrun ends no rank that has not said it yet
+            with contextlib.suppress(dist.DistError):
+                store().add("told", 1)
+            _hear("", _PATIENCE_TO_LEARN)
         raise
     except Exception as problem:
         mistake = not isinstance(problem, (ValueError, OSError)) and not _is_lost_contact(problem)
-        heard = _hear(_own_text(problem, mistake=mistake))
+        own = _own_text(problem, mistake=mistake)
+        heard = _hear(own, _PATIENCE_TO_TELL if own else _PATIENCE_TO_LEARN)
         if mistake:
             raise  # with its traceback
-        if min(heard) != _rank():
+        if not _is_first_to_tell(heard):
             raise SystemExit(_USER_ERROR) from None
         raise ValueError(_told(heard) or _silence(heard, problem)) from None
 
@@ -137,14 +142,14 @@ def _is_lost_contact(problem: Exception) -> bool:
     return isinstance(problem, RuntimeError) and any(sign in str(problem).lower() for sign in _LOST_CONTACT)
 
 
-def _hear(own: str) -> dict[int, str]:
-    """Say ``own``, and learn what all ranks say that end within some seconds, by rank."""
+def _hear(own: str, patience: float) -> dict[int, str]:
+    """Say ``own``, and learn what all ranks say that end within so many seconds, by rank."""
     # torchrun terminates the ranks as soon as one has ended; from here on this one ends by itself.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     heard = {_rank(): own}
     keys = {rank: f"end/{rank}" for rank in range(_size())}
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     with contextlib.suppress(dist.DistError):  # the store itself is gone
         store().set(keys[_rank()], json.dumps(own))
         while time.monotonic() < deadline and not store().check(list(keys.values())):
@@ -153,23 +158,29 @@ def _hear(own: str) -> dict[int, str]:
     return heard
 
 
+def _is_first_to_tell(heard: dict[int, str]) -> bool:
+    """Whether it falls to this rank to tell the user; the lowest has precedence."""
+    if _rank() != min(heard):
+        time.sleep(10 * _PAUSE)
+    with contextlib.suppress(dist.DistError):
+        return store().add("told", 1) == 1
+    return _rank() == min(heard)
+
+
 def _told(heard: dict[int, str]) -> str:
     """The first text, with the ranks that say the same; empty where nobody knows what happened."""
     text = next((text for _, text in sorted(heard.items()) if text), "")
-    ranks = sorted(rank for rank, said in heard.items() if said == text)
-    if not text or len(ranks) == _size():
+    if not text or sum(map(bool, heard.values())) == _size():
         return text
-    others = len(ranks) - 1
-    return f"rank {ranks[0]}{f' and {others} more' if others else ''}: {text}"
+    ranks = sorted(rank for rank, said in heard.items() if said == text)
+    more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    return f"rank {ranks[0]}{more}: {text}"
 
 
 def _silence(heard: dict[int, str], problem: Exception) -> str:
-    lost = [rank for rank in range(_size()) if rank not in heard]
+    lost = [str(rank) for rank in range(_size()) if rank not in heard]
     if lost:
-        return (
-            f"rank {', '.join(map(str, lost))} ended without a word: killed, or out of memory; the run's last "
-            "checkpoint can be continued with --resume"
-        )
-    return (
-        f"the ranks lost each other ({str(problem).splitlines()[0]}); continue from the last checkpoint with --resume"
-    )
+        what = f"no more sign of rank {', '.join(lost)}: killed, or out of memory"
+    else:
+        what = f"the ranks lost each other ({str(problem).splitlines()[0]})"
+    return f"{what}; --resume continues the run from its last checkpoint"
