@@ -3,6 +3,8 @@
 import re
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sophia import cli
+from sophia.data.builtin import builtin_documents
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,11 +42,22 @@ def recipe(target):
     return [line for line in text.splitlines() if not line.startswith("make")]
 
 
-def commands():
-    return [line for block in blocks("sh") for line in block.splitlines() if line]
+def lines():
+    """The command lines of each block, the walk-through's apart from the others'."""
+    found = [[line for line in block.splitlines() if line] for block in blocks("sh")]
+    (walk,) = [block for block in found if block[0].startswith("sophia prepare")]
+    return walk, [line for block in found if block is not walk for line in block]
 
 
-@pytest.mark.parametrize("command", commands())
+WALK, COMMANDS = lines()
+SMALL = {
+    "bench": ["--layers", "1", "--width", "16", "--vocab-size", "64", "--rounds", "1"],
+    "plan": [],
+    "train": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
@@ -57,15 +71,53 @@ def test_command(command, tmp_path, monkeypatch, capsys):
     elif words == ["make", "test"]:
         assert "pytest" in recipe("test")[-1]  # this run
     elif words[:2] == ["pip", "install"]:
-        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
-        assert extra, words
+        extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[2])
+        assert extras, words
         project = (ROOT / "pyproject.toml").read_text()
-        assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+        for extra in (extras[1] or "").split(",") if extras[1] else []:
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
         # What is installed is tested by `make wheel-test`.
     elif words[0] == "sophia":
-        assert cli.main([*words[1:], "--layers", "1", "--width", "16", "--vocab-size", "64", "--rounds", "1"]) == 0
+        assert cli.main([*words[1:], *SMALL[words[1]]]) == 0
     else:
         pytest.fail(f"README has a command that no test runs: {command}")
+
+
+def test_the_walk_through(tmp_path, monkeypatch, capsys):
+    """From a folder of text to a model that transformers loads, with a kill on the way."""
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "my-texts"
+    texts.mkdir()
+    for number, document in enumerate(builtin_documents(2_500_000)):
+        (texts / f"{number:04}.txt").write_text(document.text, encoding="utf-8")
+    walk = iter(WALK)
+
+    def run(*short):
+        command = next(walk)
+        print(f"$ {command}")
+        assert cli.main([*shlex.split(command)[1:], *short]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    run("--validation-fraction", "0.05")
+    # The training command itself, in a process of its own, with fewer and smaller steps; killed after a checkpoint.
+    short = ["--steps", "12", "--tokens-per-step", "256", "--checkpoint-interval", "4", "--eval-windows", "4"]
+    training = [sys.executable, "-m", *shlex.split(next(walk)), *short, "--eval-interval", "4"]
+    with subprocess.Popen(training, stdout=subprocess.DEVNULL) as process:
+        while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+            assert process.poll() is None, "training ended before its first checkpoint"
+            time.sleep(0.01)
+        process.kill()
+    assert "after 12 steps" in run()
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
+    assert "bits" in run()
+    assert "Once upon a time" in run("--max-tokens", "5")
+    run()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "my-gpt2")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "my-gpt2")("Once upon a time", return_tensors="pt").input_ids
+    assert model(ids).logits.shape == (1, ids.shape[1], 4096)
+    assert next(walk, None) is None
 
 
 def test_links_lead_somewhere():

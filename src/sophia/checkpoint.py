@@ -152,10 +152,9 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def read_model(path: Path) -> dict[str, Tensor]:
-    """The weights alone, after checking the whole checkpoint."""
-    read_state(path)
-    return load_file(path / "model.safetensors")
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON part and the weights, after checking the whole checkpoint."""
+    return read_state(path), load_file(path / "model.safetensors")
 
 
 def read_state(path: Path) -> dict[str, Any]:

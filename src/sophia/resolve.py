@@ -97,7 +97,7 @@ def _with_model(settings: TrainSettings, base: Preset) -> TrainSettings:
             if getattr(shape, name) is None
         }
         return replace(settings, model=replace(shape, **open_fields))
-    config, _ = import_gpt2(shape.init_from)
+    config, _ = import_gpt2(shape.init_from, dropout=shape.dropout)
     taken = {name: getattr(config, name) for name in ("layers", "heads", "width", "context")}
     taken |= {name: getattr(config, name) for name in ("bias", "activation", "attention_scale_by_layer")}
     for name in ("layers", "heads", "width", "context"):

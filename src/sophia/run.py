@@ -119,15 +119,25 @@ def load_run(folder: Path, checkpoint_: str | int = "latest", device: str | torc
     run = RunFolder(Path(folder))
     settings = run.settings()
     place = checkpoint.choose(run.checkpoints, checkpoint_)
-    loaded = checkpoint.read(place)
-    model = GPT(GPTConfig(**loaded.state["model"])).to(device)
-    snapshot.load_weights(model, loaded.model)
+    tokenizer = _read_tokenizer(run.tokenizer)
+    state, weights = checkpoint.read_model(place)
+    model = GPT(GPTConfig(**state["model"])).to(device)
+    snapshot.load_weights(model, weights)
     assert settings.data is not None
     return LoadedRun(
         model=model.eval(),
-        tokenizer=Tokenizer.from_file(str(run.tokenizer)),
-        step=loaded.step,
+        tokenizer=tokenizer,
+        step=state["step"],
         settings=settings,
         data=settings.data,
-        end_of_text=loaded.state["end_of_text"],
+        end_of_text=state["end_of_text"],
     )
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as problem:  # the library raises nothing more special
+        raise ValueError(
+            f"{path} cannot be read ({problem}): copy the tokenizer.json of the run's data folder there"
+        ) from None

@@ -57,6 +57,8 @@ class Session:
     """What the run goes on from."""
     compiled: bool
     """Whether the model runs through torch.compile."""
+    precision: torch.dtype
+    """What forward passes compute in."""
 
 
 def start(settings: TrainSettings, here: World, note: Note) -> Session:
@@ -274,6 +276,7 @@ def _build(
         validation=windows,
         resumed=resumed,
         compiled=compiled,
+        precision=precision,
     )
     if settings.batch.micro_batch == "auto":
         stepper.micro_batch = _kept_micro_batch(session) or _largest_micro_batch(session)
@@ -316,15 +319,15 @@ def _fit_chunks(session: Session, asked: int | None) -> None:
 
 def _load_foreign(model: GPT, folder: Path, dataset: Dataset) -> None:
     check_tokenizer(folder, dataset.tokenizer())
-    config, weights = import_gpt2(folder)
+    config, weights = import_gpt2(
+        folder, bias=model.config.bias, dropout=model.config.dropout, padded_vocab_size=model.config.head_rows
+    )
     if config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the model in {folder} has {config.vocab_size} token ids and the data {model.config.vocab_size}: prepare "
             "the data with that model's tokenizer"
         )
-    padding = model.config.head_rows - weights["tokens.weight"].shape[0]
-    weights["tokens.weight"] = nn.functional.pad(weights["tokens.weight"], (0, 0, 0, padding))
-    snapshot.load_weights(model, {name: value for name, value in weights.items() if name != "head.weight"})
+    snapshot.load_weights(model, weights)
 
 
 def compiles(settings: TrainSettings, device: torch.device, note: Note) -> bool:
