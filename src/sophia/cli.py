@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
 BENCHES: Mapping[str, Command] = {
     "step": Command("sophia.bench", "step", "the optimizer's step against torch's fused AdamW"),
     "train": Command("sophia.bench_train", "train", "training steps against transformers' GPT-2 with fused AdamW"),
+    "loader": Command("sophia.bench_loader", "loader", "reading batches against the steps that consume them"),
     "prepare": Command("sophia.bench_prepare", "run", "text to shards against the tokenizer library's batches"),
 }
 
