@@ -2,8 +2,9 @@
 
 import contextlib
 import gc
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # What the estimate may be wrong by, and what else the process needs.
 _SHARE_OF_FREE_MEMORY = 0.8
+# On CUDA sizes are tried, except where the estimate is beyond hope: each may be compiled first, for a minute.
+_HOPE = 1.3
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def largest(stepper: Stepper, session: "Session") -> int:
@@ -29,28 +34,32 @@ def largest(stepper: Stepper, session: "Session") -> int:
     Raises:
         ValueError: Not even one fits.
     """
-    if session.here.device.type == "cuda":
-        return _tried(stepper, session)
-    free = free_memory()
-    if free is not None:
-        free //= session.here.node_size  # whose ranks share it
-    sizes = _divisors(len(stepper.rows))
+    here, sizes = session.here, _divisors(len(stepper.rows))
+    if here.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(here.device)
+        there = min(here.gather(free + torch.cuda.memory_reserved(here.device)))
+        return _tried(stepper, session, [s for s in sizes if _estimate(session, s) <= _HOPE * there] or sizes[-1:])
+    available = free_memory()
+    if available is None:
+        return sizes[0]
+    available //= here.node_size  # whose ranks share it
     for size in sizes:
-        if free is None or _estimate(session, size) <= _SHARE_OF_FREE_MEMORY * free:
+        if _estimate(session, size) <= _SHARE_OF_FREE_MEMORY * available:
             return size
     raise ValueError(
-        f"a training step needs about {_estimate(session, 1) / 2**30:.1f} GiB with one sequence at a time, and "
-        f"{(free or 0) / 2**30:.1f} GiB are free: choose a smaller --model or --context, or --activation-checkpointing"
+        f"a training step needs about {_estimate(session, 1) / 2**30:.2f} GiB with one sequence at a time, and "
+        f"{available / 2**30:.2f} GiB are free: choose a smaller --model or --context, or --activation-checkpointing; "
+        "--micro-batch 1 tries it all the same"
     )
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that a new allocation can have; None where the system does not tell."""
+    """Bytes of main memory that this process may still take; None where the system does not tell."""
     info = Path("/proc/meminfo")
     if info.exists():
         for line in info.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(min(int(line.split()[1]) * 1024, _free_in_container()))
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -58,35 +67,57 @@ def free_memory() -> int | None:
 
 
 def run_within_memory(compute: Callable[[], float], session: "Session", note: Callable[[str], None]) -> float:
-    """Run one step's computation; with micro_batch auto, again with half the sequences when memory runs out.
+    """Run one step's computation; with micro_batch auto, again with fewer sequences at a time when memory runs out.
 
     It may be run again because it is a function of the step alone and leaves nothing but gradients, which it drops
     first.
 
     Raises:
-        ValueError: Memory ran out, and there is nothing to halve or several ranks would have to.
+        RuntimeError: Memory ran out, and there are no fewer, or several ranks would have to agree; `memory_told` says
+            what helps.
     """
     stepper = session.stepper
     while True:
+        size = stepper.micro_batch
+        may_shrink = session.settings.batch.micro_batch == "auto" and session.here.size == 1 and size > 1
         try:
             return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as problem:
-            if not _is_out_of_memory(problem):
+        except RuntimeError as problem:
+            if not (may_shrink and _is_out_of_memory(problem)):
                 raise
-            text = str(problem).splitlines()[0]
-        size = stepper.micro_batch
-        if session.settings.batch.micro_batch != "auto" or session.here.size > 1 or size == 1:
-            raise ValueError(
-                f"memory ran out with micro_batch {size} on {session.here.device} ({text}): resume with "
-                f"{'--micro-batch ' + str(size // 2) if size > 1 else '--activation-checkpointing'}"
-            )
-        stepper.micro_batch = next(smaller for smaller in _divisors(len(stepper.rows)) if smaller < size)
+        stepper.micro_batch = _fewer(stepper)
         note(f"memory ran out with {size} sequences at a time: going on with {stepper.micro_batch}")
         _free(stepper)
 
 
-def _tried(stepper: Stepper, session: "Session") -> int:
-    for size in _divisors(len(stepper.rows)):
+@contextlib.contextmanager
+def memory_told(session: "Session") -> Iterator[None]:
+    """Say what helps when memory runs out in this block.
+
+    Raises:
+        ValueError: It did.
+    """
+    try:
+        yield
+    except RuntimeError as problem:
+        if not _is_out_of_memory(problem):
+            raise
+        reason = str(problem).splitlines()[0][:150]
+    else:
+        return
+    size = session.stepper.micro_batch
+    helps = "a machine with more memory, or start a new run with a smaller --model or --context"
+    if size > 1:
+        helps = f"--micro-batch {_fewer(session.stepper)}"
+    elif not session.config.activation_checkpointing:
+        helps = "--activation-checkpointing"
+    raise ValueError(
+        f"memory ran out on {session.here.device} with {size} sequences at a time ({reason}): resume with {helps}"
+    )
+
+
+def _tried(stepper: Stepper, session: "Session", sizes: list[int]) -> int:
+    for size in sizes:
         stepper.micro_batch = size
         fits = _fits(stepper, session)
         _free(stepper)
@@ -137,7 +168,7 @@ def _estimate(session: "Session", size: int) -> int:
         micro_batch=size,
         context=session.config.context,
         optimizer=session.settings.optimizer.optimizer,
-        precision="fp32" if session.settings.machine.precision != "bf16" else "bf16",
+        precision="bf16" if session.precision == torch.bfloat16 else "fp32",
         activation_checkpointing=session.config.activation_checkpointing,
         device=session.here.device.type,
         parallel=parallel,
@@ -149,8 +180,24 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
+def _fewer(stepper: Stepper) -> int:
+    return next(size for size in _divisors(len(stepper.rows)) if size < stepper.micro_batch)
+
+
+def _free_in_container() -> float:
+    """What the limit of a container leaves; infinite where there is none."""
+    try:
+        limit, used = (
+            (_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
+        )
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        return math.inf if limit == "max" else int(limit) - int(used) + int(counts["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
+
+
 def _is_out_of_memory(problem: Exception) -> bool:
-    return isinstance(problem, torch.OutOfMemoryError) or "not enough memory" in str(problem)  # the CPU's allocator
+    return isinstance(problem, torch.OutOfMemoryError) or any(sign in str(problem) for sign in _SIGNS)
 
 
 def _free(stepper: Stepper) -> None:

@@ -15,6 +15,7 @@ from sophia.display import Display
 from sophia.distributed import World, world
 from sophia.guards import Signals
 from sophia.metrics import Metrics
+from sophia.micro_batch import memory_told
 from sophia.plot_run import draw_run
 from sophia.rank_errors import ending_together, many, told_once
 from sophia.run import RunFolder
@@ -115,6 +116,7 @@ def _run(session: Session, console: Console, signals: Signals) -> Outcome:
             track=session.settings.logging.track,
             enabled=session.here.main,
         ) as metrics,
+        memory_told(session),
     ):
         return Trainer(session, display, metrics, signals, display.note).run()
 
