@@ -44,12 +44,12 @@ Note = Callable[[str], None]
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sophia-g", "adamw")
 STEPS = 40
-# Other threads and micro-batches moved no loss by more than 1e-6, and neither did compiled code; computing in bf16 moved
-# one by 7e-3, the other form of curvature noise by 5e-2.
+# Other threads and micro-batches moved no loss by more than 1e-6, and neither did compiled code; computing in bf16
+# moved one by 7e-3, the other form of curvature noise by 5e-2.
 TOLERANCE = 1e-4
-# Settings that are not the preset's. A gamma so large that few coordinates are clipped, or the sign of the momentum alone
-# would decide most of so short a run; for AdamW a learning rate at which these small batches do not throw it off course,
-# since then it multiplies the smallest difference.
+# Settings that are not the preset's. A gamma so large that few coordinates are clipped, or the sign of the momentum
+# alone would decide most of so short a run; for AdamW a learning rate at which these small batches do not throw it off
+# course, since then it multiplies the smallest difference.
 _CHANGES: dict[OptimizerName, dict[str, float]] = {"sophia-g": {"gamma": 20.0}, "adamw": {"lr": 2e-3}}
 
 _WORDS = 400
