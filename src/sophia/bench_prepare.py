@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ class PrepareBenchSettings:
 
     source: str = "builtin"
     """Text to measure on, as `sophia prepare` takes it."""
-    megabytes: int = 16
+    megabytes: float = 16
     """How much of it."""
     tokenizer: str = "bpe:32000"
     """As `sophia prepare` takes it."""
@@ -52,9 +52,10 @@ class PrepareBenchSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
-        for name in ("megabytes", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}: it must be at least 1")
+        if not self.megabytes > 0:
+            raise ValueError(f"megabytes is {self.megabytes}: it must be more than 0")
 
 
 def run(settings: Annotated[PrepareBenchSettings, tyro.conf.arg(name="")]) -> None:
@@ -80,13 +81,14 @@ def measure(settings: PrepareBenchSettings, console: Console) -> dict[str, Any]:
         source = folder / "text.jsonl"
         with source.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        recipe = Recipe(tokenizer=settings.tokenizer)
+        # Half for validation: even a few documents then fall on both sides.
+        recipe = Recipe(tokenizer=settings.tokenizer, validation_fraction=0.5)
         workers = settings.workers or usable_cores()
         with console.status("first pass, with the tokenizer's training"):
             dataset = prepare(
                 find_sources([str(source)], without=folder), folder / "0", recipe, workers=workers
             ).dataset
-        recipe = Recipe(tokenizer=str(folder / "0" / "tokenizer.json"))
+        recipe = replace(recipe, tokenizer=str(folder / "0" / "tokenizer.json"))
         tokenizer = dataset.tokenizer()
         contenders = _contenders(tokenizer, texts)
         contenders["sophia prepare"] = lambda: prepare(
