@@ -222,6 +222,10 @@ def read_toml(path: Path) -> TrainSettings:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: give a TOML file of settings, as config.toml in a run folder"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is not a TOML file: {problem}") from None
     return from_mapping(content, origin=str(path))
