@@ -34,7 +34,7 @@ class World:
     device: torch.device
     """Where this rank computes."""
     node_size: int = 1
-    """Number of ranks on each node."""
+    """Number of ranks on each node; of all ranks, where the launcher did not tell."""
 
     @property
     def main(self) -> bool:
@@ -183,7 +183,7 @@ def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) ->
     With FSDP2 each block is a unit of its own; gradients are reduced in fp32 whatever the precision.
 
     Raises:
-        ValueError: "hsdp" with nodes that have different numbers of ranks.
+        ValueError: "hsdp" on a single node, or on nodes with different numbers of ranks.
     """
     if here.size == 1:
         return model
@@ -206,6 +206,11 @@ def _mesh(here: World, parallel: str) -> DeviceMesh:
     """All ranks in one dimension, or nodes in one and the ranks of a node in the other."""
     if parallel == "fsdp":
         return init_device_mesh(here.device.type, (here.size,))
+    if here.size == here.node_size:
+        raise ValueError(
+            f"hsdp shards within each node, and all {here.size} ranks are on one, as LOCAL_WORLD_SIZE tells: choose "
+            "--parallel fsdp"
+        )
     if here.size % here.node_size:
         raise ValueError(
             f"hsdp needs as many ranks on each node, and {here.size} ranks are not a multiple of the {here.node_size} "

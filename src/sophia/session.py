@@ -239,10 +239,9 @@ def _build(
         _load_foreign(model, settings.model.init_from, dataset)
     sharded = here.size > 1 and settings.machine.parallel != "ddp"
     if sharded and settings.optimizer.optimizer == "muon":
-        # Its update of a DTensor comes out whole, and torch refuses to add that to a shard.
         raise ValueError(
-            f"muon cannot run under {settings.machine.parallel}: torch's Muon needs whole matrices; choose "
-            "--parallel ddp"
+            f"muon cannot run under {settings.machine.parallel}: on shards torch's Muon adds in bfloat16, in an order "
+            "that depends on the ranks; choose --parallel ddp"
         )
     compiled = compiles(settings, here.device, note)
     if compiled:
