@@ -121,9 +121,10 @@ def _verify(settings: PrepareSettings, console: Console) -> None:
     results = []
     for folder in folders:
         dataset = Dataset.open(folder)
-        with console.status(f"reading {folder}"):
-            dataset.verify()
         shards = len(dataset.train.shards) + len(dataset.validation.shards)
+        with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+            bar = bars.add_task(f"verifying {folder}", total=dataset.train.tokens + dataset.validation.tokens)
+            dataset.verify(lambda shard: bars.advance(bar, shard.tokens))  # noqa: B023 - called in this turn only
         results.append({"data": str(folder), "fingerprint": dataset.fingerprint, "shards": shards, "sound": True})
         console.print(f"{folder}: all {shards} shards are sound", highlight=False, soft_wrap=True)
     if settings.json:
@@ -154,11 +155,12 @@ def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Bars(*columns, console=console, refresh_per_second=4, transient=True) as bars:
-        bar = bars.add_task("", total=None, tokens="")
 
         def move(progress: Progress) -> None:
             tokens = f"{progress.tokens / 1e6:.1f} M tokens"
-            bars.update(bar, total=progress.bytes_total, completed=progress.bytes_read, tokens=tokens)
+            if not bars.tasks:  # begun with the first batch, so that what an earlier run did is not taken for speed
+                bars.add_task("", total=progress.bytes_total, completed=progress.bytes_read, tokens=tokens)
+            bars.update(bars.tasks[0].id, completed=progress.bytes_read, tokens=tokens)
 
         yield move
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sophia.cli import main
+from sophia.data.prepare import Journal, SplitWriter
 from tests.data import plain
 
 
@@ -157,16 +158,16 @@ def test_no_text_at_all_is_refused(tmp_path, capsys):
     assert "hold no text" in capsys.readouterr().err
 
 
-def test_a_full_or_unwritable_disk_is_said(tmp_path, capsys, monkeypatch):
-    from sophia.data.prepare import SplitWriter
-
+@pytest.mark.parametrize("place", [(SplitWriter, "write"), (SplitWriter, "finish_shard"), (Journal, "write")])
+def test_a_full_disk_is_said(capsys, monkeypatch, place):
     def full(self, *_):
-        raise OSError(28, "No space left on device", "data/train-00000.tokens.partial")
+        raise OSError(28, "No space left on device")  # as the system says it, without the file
 
+    owner, name = place
     with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "write", full)
-        error = refused(capsys, "good.jsonl", "--out", "data", "--tokenizer", "bytes")
-    assert "No space left" in error
+        patch.setattr(owner, name, full)
+        error = refused(capsys, "good.jsonl", "--out", "data", "--tokenizer", "bytes", "--validation-fraction", "0.2")
+    assert "no space is left for data" in error
     assert prepare() == 0
 
 

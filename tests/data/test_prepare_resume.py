@@ -107,6 +107,19 @@ def test_an_end_at_any_place_leaves_no_trace(monkeypatch, tmp_path, whole, place
     assert plain.files(tmp_path / "data") == whole
 
 
+@pytest.mark.parametrize("leftover", ["unfinished.json.partial", "unfinished.json", "tokenizer.json"])
+def test_an_end_before_the_first_document(monkeypatch, tmp_path, whole, leftover):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Task, "run", lambda *_: (_ for _ in ()).throw(Interruption))
+        with pytest.raises(Interruption):
+            main(command("--validation-fraction", "0.5"))  # nothing is lost, so nothing must be the same
+    if leftover != "tokenizer.json":
+        (tmp_path / "data" / "tokenizer.json").unlink()
+        (tmp_path / "data" / "unfinished.json").rename(tmp_path / "data" / leftover)
+    assert main(command()) == 0
+    assert plain.files(tmp_path / "data") == whole
+
+
 def test_interrupted_again_and_again(monkeypatch, tmp_path, whole):
     draw = random.Random(0)
     for _ in range(6):

@@ -130,6 +130,16 @@ def test_a_folder_is_read_in_sorted_order_and_says_what_it_passes_over(tmp_path)
     assert [item.name for item in sources.items] == ["in/a.jsonl", "in/z.txt.gz", "in/b/10.md", "in/b/2.txt"]
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.txt").write_text("b")
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "sub" / "link").symlink_to(tmp_path / "other")
+    assert read("in") == ["a", "b"]
+
+
 def test_globs_take_any_file(tmp_path):
     for name in ("x.py", "y.py", "z.txt", "sub/w.py"):
         path = tmp_path / name

@@ -4,8 +4,10 @@ The result is a function of the sources and the recipe. Documents are read in or
 and written in order, so neither the number of workers nor where a batch or an interruption fell leaves a trace.
 """
 
+import errno
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,7 +80,7 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
-    with claimed(out):
+    with claimed(out), _full_disk_said(out):
         identity = identity_of(sources, recipe)
         journal = find_journal(out, overwrite=overwrite)
         continued = journal is not None
@@ -93,6 +95,16 @@ def prepare(
         finally:
             task.close()
         return Prepared(dataset=dataset, seconds=journal.seconds, continued=continued, empty=journal.empty)
+
+
+@contextmanager
+def _full_disk_said(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:  # the system does not say which file it was
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"no space is left for {out}; free some, then give the same command again") from None
 
 
 class _Position(NamedTuple):

@@ -44,7 +44,8 @@ def find_journal(folder: Path, *, overwrite: bool) -> Journal | None:
     Raises:
         ValueError: The folder holds finished data or files of others.
     """
-    files = sorted(folder.iterdir())
+    # What a process leaves that ended while it wrote the first journal says nothing.
+    files = sorted(file for file in folder.iterdir() if file.name != JOURNAL + ".partial")
     others = [file.name for file in files if not _OURS.fullmatch(file.name)]
     if others or (files and not (folder / MANIFEST).is_file() and not (folder / JOURNAL).is_file()):
         names = ", ".join((others or [file.name for file in files])[:3])

@@ -4,6 +4,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,7 +119,8 @@ class SplitWriter:
     def close(self) -> None:
         """Close the open shard's file as it is; it stays partial."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, which was said when it was written to
+                self._file.close()
             self._file = None
 
     def state(self) -> dict[str, Any]:

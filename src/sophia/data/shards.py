@@ -10,8 +10,8 @@ shards of a split together are one long row of tokens, which is how they are rea
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from tokenizers import Tokenizer
 from sophia.data.header import SIZE, Header, dtype_for, read_header
 from sophia.data.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from sophia.data.shard_writer import SplitWriter, TokenArray, payload_sha256
+
+# Each map holds a file descriptor, of which a process has about a thousand.
+_OPEN_SHARDS = 256
 
 SHARD_TOKENS = 1 << 27
 """Tokens after which a shard is closed: 256 MiB of 16-bit tokens."""
@@ -36,23 +39,22 @@ class Split:
         self.documents = sum(shard.documents for shard in self.shards)
         self.text_bytes = sum(shard.text_bytes for shard in self.shards)
         """UTF-8 bytes of the texts, for bits per byte."""
-        self._maps: list[TokenArray] = []
-        self._document_maps: list[npt.NDArray[np.uint64]] = []
-        for shard, header in zip(self.shards, headers, strict=True):
-            path = folder / shard.name
-            self._maps.append(np.memmap(path, header.dtype, mode="r", offset=SIZE, shape=(header.tokens,)))
-            self._document_maps.append(
-                np.memmap(path, np.dtype("<u8"), mode="r", offset=header.starts_at, shape=(header.documents,))
-            )
-        self.dtype = self._maps[0].dtype if self._maps else np.dtype("<u2")
-        self._ends = np.cumsum([len(tokens) for tokens in self._maps], dtype=np.int64)  # [shards]
+        self._paths = [folder / shard.name for shard in self.shards]
+        self._headers = tuple(headers)
+        self.dtype = self._headers[0].dtype if self._headers else np.dtype("<u2")
+        self._ends = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)  # [shards]
+        self._map = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Where each document begins, at its end-of-text token: int64 [documents]. Read when first asked for."""
-        firsts = [int(end) - len(tokens) for end, tokens in zip(self._ends, self._maps, strict=True)]
-        starts = [part.astype(np.int64) + first for part, first in zip(self._document_maps, firsts, strict=True)]
-        return np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
+        out = np.zeros(self.documents, dtype=np.int64)
+        done, first = 0, 0
+        for path, header in zip(self._paths, self._headers, strict=True):
+            starts = np.fromfile(path, np.dtype("<u8"), offset=header.starts_at)
+            out[done : done + len(starts)] = starts.astype(np.int64) + first
+            done, first = done + len(starts), first + header.tokens
+        return out
 
     def read(self, start: int, stop: int) -> TokenArray:
         """Tokens ``start`` to ``stop`` as a copy in the shards' own dtype: [stop - start].
@@ -81,12 +83,16 @@ class Split:
         done = 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < stop - start:
-            tokens = self._maps[shard]
+            tokens = self._map(shard)
             begin = start + done - (int(self._ends[shard]) - len(tokens))
             part = tokens[begin : begin + stop - start - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
+
+    def _open(self, shard: int) -> TokenArray:
+        header = self._headers[shard]
+        return np.memmap(self._paths[shard], header.dtype, mode="r", offset=SIZE, shape=(header.tokens,))
 
 
 class Dataset:
@@ -122,21 +128,23 @@ class Dataset:
         """Load the tokenizer that made the shards."""
         return Tokenizer.from_file(str(self.folder / TOKENIZER))
 
-    def verify(self) -> None:
+    def verify(self, report: Callable[[Shard], None] = lambda _: None) -> None:
         """Read everything and check it: checksums, that ids are of the vocabulary, where documents start.
+
+        Args:
+            report: Called after each shard, for progress.
 
         Raises:
             ValueError: Names every damaged shard.
         """
-        bad = [problem for _, problem in self.problems() if problem]
-        if bad:
-            raise ValueError(f"{'; '.join(bad)}; prepare the data again")
-
-    def problems(self) -> Iterator[tuple[Shard, str | None]]:
-        """Check shard after shard; yields each with its problem, or with None when it is sound."""
-        for split in (self.train, self.validation):
-            for shard in split.shards:
-                yield shard, self._problem(shard)
+        problems = []
+        for shard in (*self.train.shards, *self.validation.shards):
+            problem = self._problem(shard)
+            if problem:
+                problems.append(problem)
+            report(shard)
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}; prepare the data again")
 
     def _problem(self, shard: Shard) -> str | None:
         path = self.folder / shard.name

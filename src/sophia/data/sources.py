@@ -96,9 +96,10 @@ def _folder(folder: Path, without: Path, skipped: Counter[str]) -> Iterator[Sour
     if _is_saved_dataset(folder):
         yield _dataset(str(folder))
         return
-    for place, folders, files in os.walk(folder):
+    seen = {without, folder.resolve()}  # links may lead back
+    for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() != without
+            name for name in folders if not name.startswith(".") and not _known(Path(place) / name, seen)
         )
         for name in sorted(files):
             path = Path(place) / name
@@ -108,6 +109,13 @@ def _folder(folder: Path, without: Path, skipped: Counter[str]) -> Iterator[Sour
                 yield _file(path, must_hold_text=False)
             else:
                 skipped[path.suffix or "no ending"] += 1
+
+
+def _known(folder: Path, seen: set[Path]) -> bool:
+    real = folder.resolve()
+    known = real in seen
+    seen.add(real)
+    return known
 
 
 def _kind(path: Path) -> str:

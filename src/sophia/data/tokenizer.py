@@ -135,7 +135,7 @@ def _from_path(path: Path) -> Tokenizer:
             raise ValueError(f"there is no {merges} beside it")
         tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
     except Exception as problem:  # the library raises plain Exception for whatever it finds
-        raise ValueError(f"{path} cannot be read as a tokenizer ({problem}); {_CHOICES}") from None
+        raise ValueError(f"{path} cannot be read as a tokenizer ({_reason(problem)}); {_CHOICES}") from None
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(tokenizer.get_vocab())
     if missing:
         raise ValueError(
@@ -152,8 +152,11 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(BY_NAME[name])
     except Exception as problem:  # no network, no cache: each library below has its own kind
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise ValueError(f"tokenizer {name} could not be fetched ({reason}); offline {_CHOICES}") from None
+        raise ValueError(f"tokenizer {name} could not be fetched ({_reason(problem)}); offline {_CHOICES}") from None
+
+
+def _reason(problem: Exception) -> str:
+    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
 def _declared_end(folder: Path) -> str | None:
@@ -161,7 +164,10 @@ def _declared_end(folder: Path) -> str | None:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
         if path.is_file():
-            token = json.loads(path.read_bytes()).get("eos_token")
+            try:
+                token = json.loads(path.read_bytes()).get("eos_token")
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path} is no JSON object; correct or remove it") from None
             name = token.get("content") if isinstance(token, dict) else token
             if name:
                 return str(name)
