@@ -17,7 +17,8 @@ import sophia  # noqa: E402
 
 package = pathlib.Path(sophia.__file__).parent
 assert "site-packages" in package.parts, f"sophia comes from {package}, not from the wheel"
-assert (package / "py.typed").exists(), "the wheel lacks py.typed"
+for name in ("py.typed", "reference.json"):
+    assert (package / name).exists(), f"the wheel lacks {name}"
 assert importlib.metadata.version("sophia-lm") == sophia.__version__
 
 model = torch.nn.Linear(4, 3)
@@ -33,8 +34,9 @@ for _ in range(20):
 assert losses[-1] < losses[0], losses
 
 # The command line needs the extra "train", and says so.
-answer = subprocess.run([sys.executable, "-m", "sophia", "demo"], capture_output=True, text=True, check=False)
-assert answer.returncode == 2, answer
-assert "sophia-lm[train]" in answer.stderr, answer.stderr
-assert "Traceback" not in answer.stderr, answer.stderr
+for command in ("demo", "prepare", "train", "eval", "sample", "export", "plan"):
+    answer = subprocess.run([sys.executable, "-m", "sophia", command], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2, answer
+    assert "sophia-lm[train]" in answer.stderr, answer.stderr
+    assert "Traceback" not in answer.stderr, answer.stderr
 print(f"wheel {sophia.__version__}: imports, trains, and asks for its extra")
