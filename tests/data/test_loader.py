@@ -58,11 +58,25 @@ def test_every_epoch_visits_every_window_once(tokens, rows):
     steps = range(-(-epochs * windows // rows))
     seen = starts(source, steps)
     orders = [seen[epoch * windows : (epoch + 1) * windows] for epoch in range(epochs)]
-    for order in orders:
-        assert sorted(order) == [10 * w for w in range(windows)]
+    assert sorted(orders[0]) == [10 * w for w in range(windows)]
+    for order in orders[1:]:
+        shift = min(order)
+        assert 0 <= shift < 10
+        assert sorted(order) == [min(10 * w + shift, tokens - 11) for w in range(windows)]
     if windows > 20:
-        assert orders[0] != orders[1] != orders[2]
         assert orders[0] != sorted(orders[0])
+        unshifted = [[start // 10 for start in order] for order in orders]
+        assert unshifted[0] != unshifted[1] != unshifted[2]
+
+
+def test_every_epoch_cuts_elsewhere():
+    source = batches(10_011, context=1000, rows=10)
+    shifts = [min(starts(source, [epoch])) for epoch in range(60)]
+    assert shifts[0] == 0
+    assert len(set(shifts)) > 50
+    assert max(shifts) > 800
+    other = batches(10_011, context=1000, rows=10, seed=1)
+    assert shifts[1:] != [min(starts(other, [epoch])) for epoch in range(1, 60)]
 
 
 def test_rows_are_dealt_from_one_sequence_whatever_the_batch():
@@ -105,8 +119,8 @@ def test_a_step_is_a_function_of_fingerprint_seed_and_index():
 def test_what_a_run_sees_never_changes():
     """Runs resume on it, on another machine and with another numpy."""
     source = batches(10_001, rows=4, seed=7)
-    assert source.window_numbers(0).tolist() == [66, 929, 421, 609]
-    assert source.window_numbers(1_000_000).tolist() == [812, 276, 553, 609]
+    assert source.starts(0).tolist() == [660, 9290, 4210, 6090]
+    assert source.starts(1_000_000).tolist() == [8124, 2764, 5534, 6094]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +218,9 @@ def test_windows_come_from_the_shards(dataset):
     stream = dataset.train.read(0, dataset.train.tokens).astype(np.int64)
     for t in range(2 * source.windows_per_epoch // 6):
         inputs, targets = source.step(t)
-        for row, w in enumerate(source.window_numbers(t).tolist()):
-            assert inputs[row].tolist() == stream[32 * w : 32 * w + 32].tolist()
-            assert targets[row].tolist() == stream[32 * w + 1 : 32 * w + 33].tolist()
+        for row, start in enumerate(source.starts(t).tolist()):
+            assert inputs[row].tolist() == stream[start : start + 32].tolist()
+            assert targets[row].tolist() == stream[start + 1 : start + 33].tolist()
 
 
 def test_an_epoch_predicts_every_token_once(dataset):

@@ -2,11 +2,16 @@
 
 The training tokens are cut into windows of ``context`` inputs; the targets lie one token further, so that neighbours
 share that one token and nothing else. An epoch visits every window once, in an order that the fingerprint, the seed
-and the number of the epoch draw. Rows are dealt from this endless sequence: step t has rows t * rows … t * rows +
+and the number of the epoch draw. The first epoch's windows begin with the first token; those of each later one are
+shifted by less than a window, drawn likewise, so that text that comes again is cut elsewhere and its tokens are
+predicted from longer or shorter contexts than before. That costs nothing but the first few tokens of the data (the last
+window is moved back to where the data ends), and in each of our pairs of small trials, of four and of eight epochs, the
+validation loss ended lower with it. Rows are dealt from this endless sequence: step t has rows t * rows … t * rows +
 rows - 1, so that the number of ranks, the size of micro-batches and a resume change nothing, and any step is found
 without those before it.
 """
 
+import hashlib
 import itertools
 import operator
 import os
@@ -72,11 +77,10 @@ class Batches:
         Raises:
             ValueError: There is no such step or row.
         """
-        starts = self.context * self.window_numbers(index, rows)
-        return _pair(self.dataset.train.windows(starts, self.context + 1))
+        return _pair(self.dataset.train.windows(self.starts(index, rows), self.context + 1))
 
-    def window_numbers(self, index: int, rows: range | Sequence[int] | None = None) -> npt.NDArray[np.int64]:
-        """Which windows of the data these rows are: int64 [len(rows)]. Window w begins at token w * context.
+    def starts(self, index: int, rows: range | Sequence[int] | None = None) -> npt.NDArray[np.int64]:
+        """Tokens with which these rows begin: int64 [len(rows)].
 
         Raises:
             ValueError: There is no such step or row.
@@ -87,14 +91,17 @@ class Batches:
         _check_inside("row", chosen, self.rows)
         dealt = index * self.rows + np.asarray(chosen, dtype=np.int64)
         epochs, places = np.divmod(dealt, self.windows_per_epoch)
-        numbers = np.empty_like(places)
+        starts = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            numbers[now] = self._order(epoch)(places[now])
-        return numbers
+            starts[now] = self._starts_in(epoch, places[now])
+        return starts
 
-    def _order(self, epoch: int) -> Permutation:
-        return Permutation(self.windows_per_epoch, f"{self.dataset.fingerprint} {self.seed} {epoch}")
+    def _starts_in(self, epoch: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        key = f"{self.dataset.fingerprint} {self.seed} {epoch}"
+        windows = Permutation(self.windows_per_epoch, key)(places)
+        shift = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") % self.context if epoch else 0
+        return np.minimum(windows * self.context + shift, self.dataset.train.tokens - self.context - 1)
 
 
 class Prefetcher:
@@ -123,7 +130,7 @@ class Prefetcher:
         """
         if depth < 1:
             raise ValueError(f"the prefetcher's depth is {depth}; it must be at least 1")
-        batches.window_numbers(start, rows)  # refuses rows and start here rather than in the thread
+        batches.starts(start, rows)  # refuses rows and start here rather than in the thread
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
