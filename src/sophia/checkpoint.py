@@ -10,10 +10,12 @@ A checkpoint is written into a folder whose name begins with a dot, flushed to t
 disk at any moment leaves the earlier ones as they were.
 """
 
+import atexit
 import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ FORMAT = 1
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
+_THREAD = "checkpoint"
+_INTERRUPTED = 130
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -193,7 +197,7 @@ class CheckpointWriter:
             OSError: The one before could not be written.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name=_THREAD, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -238,6 +242,18 @@ class CheckpointWriter:
         for step in steps(self.folder)[: -self._keep_last]:
             if step != regular and not (self._keep_every and step % self._keep_every == 0):
                 _remove(self.folder, step)
+
+
+@atexit.register
+def _leave_at_once() -> None:
+    """End the process under a checkpoint that is being written: a second Ctrl-C asks for that, all else has waited.
+
+    Python itself would stop the thread inside foreign code, and crash on it.
+    """
+    if any(thread.name == _THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_INTERRUPTED)
 
 
 def clear_up(folder: Path) -> None:

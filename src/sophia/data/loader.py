@@ -141,7 +141,7 @@ class Prefetcher:
         self._thread = threading.Thread(
             target=_read_ahead, args=(batches, start, rows, device, self._channel), name="prefetcher", daemon=True
         )
-        weakref.finalize(self, self._channel.stop)
+        weakref.finalize(self, _end, self._channel, self._thread)
         self._thread.start()
 
     def __iter__(self) -> "Prefetcher":
@@ -197,6 +197,13 @@ class _Channel:
         self.stopped = True
         if self._process == os.getpid():  # a fork may have copied the semaphore locked
             self.wanted.release()
+
+
+def _end(channel: _Channel, thread: threading.Thread) -> None:
+    """What is left to do for a prefetcher that was dropped; Python would stop the thread wherever it is, and crash."""
+    channel.stop()
+    if thread is not threading.current_thread() and thread.is_alive():
+        thread.join()
 
 
 def _read_ahead(batches: Batches, start: int, rows: range, device: torch.device, channel: _Channel) -> None:

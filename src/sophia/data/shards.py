@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 from sophia.data.header import SIZE, Header, dtype_for, read_header
 from sophia.data.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from sophia.data.shard_writer import SplitWriter, TokenArray, payload_sha256
+from sophia.data.token_file import TokenFile
 
-# Each map holds a file descriptor, of which a process has about a thousand.
+# Each holds a file descriptor, of which a process has about a thousand.
 _OPEN_SHARDS = 256
 
 SHARD_TOKENS = 1 << 27
@@ -31,7 +32,7 @@ SHARD_TOKENS = 1 << 27
 
 
 class Split:
-    """The tokens of one side, training or validation, as one long row. They stay on disk (memory-mapped)."""
+    """The tokens of one side, training or validation, as one long row. They stay on disk."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard], headers: Iterable[Header]) -> None:
         self.shards = tuple(shards)
@@ -43,7 +44,7 @@ class Split:
         self._headers = tuple(headers)
         self.dtype = self._headers[0].dtype if self._headers else np.dtype("<u2")
         self._ends = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)  # [shards]
-        self._map = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._file = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.int64]:
@@ -83,16 +84,15 @@ class Split:
         done = 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < stop - start:
-            tokens = self._map(shard)
+            tokens = self._file(shard)
             begin = start + done - (int(self._ends[shard]) - len(tokens))
-            part = tokens[begin : begin + stop - start - done]
-            out[done : done + len(part)] = part
-            done += len(part)
+            count = min(len(tokens) - begin, stop - start - done)
+            out[done : done + count] = tokens.read(begin, count)
+            done += count
             shard += 1
 
-    def _open(self, shard: int) -> TokenArray:
-        header = self._headers[shard]
-        return np.memmap(self._paths[shard], header.dtype, mode="r", offset=SIZE, shape=(header.tokens,))
+    def _open(self, shard: int) -> TokenFile:
+        return TokenFile(self._paths[shard], self._headers[shard])
 
 
 class Dataset:
