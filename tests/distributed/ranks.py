@@ -23,6 +23,8 @@ import torch.multiprocessing as mp
 # A rank that waits for another one in a collective call gives up before the parent does, so that its traceback says
 # where it was.
 _COLLECTIVE_LIMIT = timedelta(seconds=25)
+# What the server imports once, and each worker has from it in milliseconds.
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "sophia.train_command"]
 
 
 class RankFailed(AssertionError):
@@ -33,9 +35,8 @@ class Ranks:
     """A pool of worker processes, started at the first call and stopped by `close()`. Their rendezvous is in folder."""
 
     def __init__(self, folder: Path) -> None:
-        # The server imports torch once, and forks each worker from that in milliseconds.
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "sophia"])
+        self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[tuple[Any, connection.Connection]] = []
         self._folder = folder
         self._calls = 0
