@@ -47,8 +47,8 @@ class PrepareSettings:
 def run(settings: Annotated[PrepareSettings, tyro.conf.arg(name="")]) -> None:
     """Turn text into token shards for training, or verify them.
 
-    A file is one document, or cut into several if it is long; a record is one document. An interrupted run goes on
-    when the same command is given again.
+    A file is one document, or cut into several if it is long; a record is one, of up to 256 KiB. An interrupted run
+    goes on when the same command is given again.
     """
     console = Console(stderr=settings.json)
     if settings.verify:

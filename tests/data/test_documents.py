@@ -123,6 +123,10 @@ def test_separated_documents_are_cut_only_when_huge(tmp_path, monkeypatch, block
     path.write_text(f"{huge}|{more}|end|{more}")
     expected = [huge.rstrip("\n"), more[:-5], more[-5:], "end", more[:-5], more[-5:]]
     assert found(path, document_separator="|") == expected
+    path.write_text(f"\n{2 * huge}\n|\n\n{2 * huge}")  # line ends at a cut stay
+    pieces = found(path, document_separator="|")
+    assert len(pieces) == 4
+    assert "".join(pieces) == 2 * (2 * huge).rstrip("\n")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

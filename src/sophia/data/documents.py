@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from sophia.data.blocks import Block, read_blocks
 
-LONGEST_DOCUMENT = 1 << 20
-"""Bytes beyond which any document is cut into several, so that memory stays bounded."""
+LONGEST_DOCUMENT = 1 << 18
+"""Bytes beyond which any document is cut into several: encoding takes a worker a hundred times the memory."""
 BOM = b"\xef\xbb\xbf"
 INVALID_REMEDY = "correct it, or continue with --invalid-utf8 replace"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -126,6 +126,7 @@ def _cut_stream(blocks: Iterable[Block], limit: int) -> Iterator[_Part]:
 def _separated(blocks: Iterable[Block], separator: bytes) -> Iterator[_Part]:
     rest = bytearray()
     searched = position = 0
+    is_start = True  # of a document; not so behind a cut
     for data, position in blocks:
         rest += data
         begin = 0
@@ -133,23 +134,26 @@ def _separated(blocks: Iterable[Block], separator: bytes) -> Iterator[_Part]:
             found = rest.find(separator, max(begin, searched))
             if found < 0 and len(rest) - begin <= LONGEST_DOCUMENT + len(separator):
                 break
-            if 0 <= found <= begin + LONGEST_DOCUMENT:
-                end, taken = found, found + len(separator)
-            else:
-                end = taken = _cut_at(rest, begin, LONGEST_DOCUMENT)
-            yield from _trimmed(bytes(rest[begin:end]), taken - begin, position)
-            begin = taken
+            is_end = 0 <= found <= begin + LONGEST_DOCUMENT
+            end = found if is_end else _cut_at(rest, begin, LONGEST_DOCUMENT)
+            taken = end + len(separator) * is_end
+            yield from _trimmed(bytes(rest[begin:end]), taken - begin, position, is_start=is_start, is_end=is_end)
+            begin, is_start = taken, is_end
         del rest[:begin]
         searched = max(0, len(rest) - len(separator) + 1)  # a separator may lie across two blocks
-    for text in cut(bytes(rest), LONGEST_DOCUMENT):
-        yield from _trimmed(text, len(text), position)
+    *parts, last = cut(bytes(rest), LONGEST_DOCUMENT)
+    for text in parts:
+        yield from _trimmed(text, len(text), position, is_start=is_start, is_end=False)
+        is_start = False
+    yield from _trimmed(last, len(last), position, is_start=is_start, is_end=True)
 
 
-def _trimmed(text: bytes, taken: int, position: int) -> Iterator[_Part]:
-    """A separated document without the line ends around it."""
-    begin = len(text) - len(text.lstrip(b"\r\n"))
+def _trimmed(text: bytes, taken: int, position: int, *, is_start: bool, is_end: bool) -> Iterator[_Part]:
+    """A separated document, or a part of one, without the line ends around the whole."""
+    begin = len(text) - len(text.lstrip(b"\r\n")) if is_start else 0
     yield _Part(begin, b"", position)
-    yield _Part(taken - begin, text[begin:].rstrip(b"\r\n"), position)
+    text = text[begin:]
+    yield _Part(taken - begin, text.rstrip(b"\r\n") if is_end else text, position)
 
 
 def _checked(text: bytes, path: Path, offset: int, reading: Reading) -> bytes:
