@@ -1,6 +1,8 @@
 """kill -9 at random moments, among them during the writing of a checkpoint: the end is the same bit for bit."""
 
 import random
+import signal
+import time
 
 import pytest
 
@@ -41,3 +43,18 @@ def test_three_kills(tmp_path, data):
     assert "validation loss" in said
     runs.assert_equal(whole, run)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_interrupt_while_a_checkpoint_is_written_leaves_at_once_and_cleanly(tmp_path, data):
+    """Python would crash on a thread that it stops inside foreign code."""
+    run = tmp_path / "run"
+    large = {"layers": 4, "width": 384, "optimizer": "adamw", "steps": 500, "checkpoint-interval": 2}
+    process = kills.start("--data", data, "--out", run, *runs.arguments(**large))
+    assert kills.wait_for(process, lambda: kills.is_writing(run))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # to be taken as two; writing takes longer
+    process.send_signal(signal.SIGINT)
+    code, said = kills.finish(process)
+    assert code == 130
+    assert said.endswith("sophia: interrupted\n")
+    assert kills.is_writing(run)
