@@ -90,13 +90,16 @@ def test_sources_are_read_in_order(tmp_path):
     assert plain.contents(tmp_path / "data") == plain.encode(["line", *texts], plain.bpe(), fraction=0.5)
 
 
-def test_a_folder_may_hold_empty_files_and_records(tmp_path, capsys):
+@pytest.mark.parametrize("batch", [1, 100, 10_000])
+def test_a_folder_may_hold_empty_files_and_records(tmp_path, capsys, monkeypatch, batch):
+    monkeypatch.setattr(pipeline, "_BATCH_BYTES", batch)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "empty.txt").touch()
-    write_lines(["", *plain.texts(50), ""], "in/a.jsonl")
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / "in" / name).touch()
+    write_lines(["", *plain.texts(50), ""], "in/b.jsonl")
     prepare("in", "--json")
     result = json.loads(capsys.readouterr().out)
-    assert result["empty"] == 3
+    assert result["empty"] == 4
     assert result["documents"] == 50
 
 

@@ -124,6 +124,7 @@ class _Task:
         self.sources = sources
         self.recipe = recipe
         self.journal = journal
+        self.empty = journal.empty
         tokenizer = Tokenizer.from_file(str(out / TOKENIZER))
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = dtype_for(self.vocab_size)
@@ -173,6 +174,7 @@ class _Task:
     def finish(self) -> Dataset:
         """Complete the last shards and write the manifest, which makes the folder a finished one."""
         self._refuse_empty_splits()
+        self.journal.empty = self.empty
         for writer in self.writers.values():
             writer.finish_shard()
         self._commit()
@@ -223,6 +225,7 @@ class _Task:
             before += item.size
         if texts:
             yield _Position(len(self.sources.items), 0, empty, before), texts
+        self.empty = empty
 
     def _advance(self, position: _Position, lowest: float, highest: float) -> None:
         self.journal.source, self.journal.documents, self.journal.empty, _ = position
