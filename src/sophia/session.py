@@ -215,7 +215,7 @@ def _write_folder(session: Session) -> None:
     except OSError as problem:
         shutil.rmtree(partial.path, ignore_errors=True)
         raise OSError(
-            f"the run folder {path} cannot be made ({problem.strerror or problem}): choose another --out"
+            f"the run folder {path} cannot be made ({problem.strerror}: {problem.filename}): choose another --out"
         ) from None
 
 
