@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
 
+from sophia import distributed
+from sophia.model import GPT, GPTConfig
 from tests.distributed import engines, training
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}  # float64: only the order of sums may differ
@@ -18,8 +21,8 @@ RUNS = {
     # Fewer rows than four ranks, in two chunks: on four ranks one has none, and each chunk misses some.
     "labels": {"optimizer": "sophia-g", "curvature_rows": 3, "curvature_chunks": 2},
     "signs": {"optimizer": "sophia-g", "curvature_rows": 7, "curvature_chunks": 4, "curvature_noise": "signs"},
-    # Seven rows: not as many on each rank, and in micro-batches of two.
-    "hutchinson": {"optimizer": "sophia-h", "curvature_rows": 7},
+    # Two, two and one on one rank; two and one, two and none on two; two, one, one and one on four.
+    "hutchinson": {"optimizer": "sophia-h", "curvature_rows": 5},
     "adamw": {"optimizer": "adamw"},
     "lion": {"optimizer": "lion"},
     "muon": {"optimizer": "muon"},
@@ -110,3 +113,18 @@ def test_hsdp_needs_several_nodes(ranks, tmp_path):
     assert text == (
         "hsdp shards within each node, and all 2 ranks are on one, as LOCAL_WORLD_SIZE tells: choose --parallel fsdp"
     )
+
+
+def shard_partners():
+    """The ranks that this rank shares a model with, on three nodes of two."""
+    model = GPT(GPTConfig(vocab_size=5, context=2, layers=1, heads=1, width=6))
+    with training.on_nodes(3), distributed.world("cpu") as here:
+        distributed.spread(model, here, "hsdp", precision=torch.float32)
+    mesh = model.head.weight.device_mesh
+    assert mesh.mesh_dim_names == ("replicate", "shard")
+    assert model.head.weight.placements == (Replicate(), Shard(0))
+    return torch.distributed.get_process_group_ranks(mesh.get_group("shard"))
+
+
+def test_hsdp_shards_within_a_node(ranks):
+    assert ranks.run(shard_partners, world=6) == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
