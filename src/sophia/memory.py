@@ -21,7 +21,13 @@ bf16 autocast: a copy of all matrices, 2 bytes an entry. torch.compile saves the
 The loss, bytes for each prediction and row of the head: its log-softmax 4, the gradient of it 4, the gradient of the
 logits 4, all in fp32, and the logits themselves s, which the trainer's loop still holds.
 
-Not counted: the process itself, what libraries keep (but cuBLAS's workspace), and fragmentation.
+The sums are those of PyTorch's own record of allocations (tests/model/test_memory.py). To them come a workspace, of
+cuBLAS or of the CPU's libraries, and on the CPU the holes in the heap: glibc keeps tensors below 32 MiB there, and what
+gradients leave of the room of earlier activations is too small for later ones. By measurement holes are half of the
+saved activations where gradients accumulate and a fifth where they do not; with activation checkpointing two and a half
+times, or twice, what a block saves. With every tensor in pages of its own (MALLOC_MMAP_THRESHOLD_=1048576) there are
+none, but a step takes a sixth longer. `sophia bench memory` compares; benchmarks/results/plan-cpu.json is its answer.
+Not counted: the process itself.
 """
 
 import dataclasses
@@ -38,8 +44,9 @@ Parallel = Literal["none", "ddp", "fsdp"]
 
 _FP32 = 4
 _BF16 = 2
-# What PyTorch has cuBLAS keep on Hopper; 8 MiB on earlier GPUs.
-_CUBLAS_WORKSPACE = 32 << 20
+# On CUDA what PyTorch has cuBLAS keep on Hopper (8 MiB on earlier GPUs), elsewhere what libraries were seen to keep.
+_WORKSPACE = {"cuda": 32 << 20}
+_OTHER_WORKSPACE = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +65,19 @@ class MemoryEstimate:
     """The head's results and the loss's temporaries."""
     other: int
     """bf16 copies of matrices, gathered shards, temporaries of the optimizer's step, workspaces."""
+    holes: int
+    """On the CPU: room in the heap that is free, but too small for the next tensor."""
     moment: str
     """Which moment that is."""
 
     @property
     def total(self) -> int:
         """The sum."""
+        return self.live + self.holes
+
+    @property
+    def live(self) -> int:
+        """The sum of what is in use."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.other
 
 
@@ -209,8 +223,7 @@ class _Step:
         if self.optimizer == "sophia-g":
             yield from self.sampled_curvature()
         if self.optimizer == "sophia-h":
-            plain = self.sharded or self.replicated
-            yield from [self.finite_difference()] if plain else self.double_backward()
+            yield from self.finite_difference()
 
     def moment(
         self, name: str, *, gradients: int = 0, activations: int = 0, logits: int = 0, other: int = 0
@@ -223,9 +236,18 @@ class _Step:
             optimizer=optimizer_bytes(self.config, self.optimizer) // share,
             activations=activations,
             logits=logits,
-            other=other + self.gathered + (_CUBLAS_WORKSPACE if self.device == "cuda" else 0),
+            other=other + self.gathered + _WORKSPACE.get(self.device, _OTHER_WORKSPACE),
+            holes=self.holes(activations),
             moment=name,
         )
+
+    def holes(self, activations: int) -> int:
+        """What the CPU's heap loses to fragments, by measurement: see the module's text."""
+        if self.device != "cpu":
+            return 0
+        if self.checkpoints:
+            return self.tokens * self.block * (5 if self.accumulates else 4) // 2
+        return activations // (2 if self.accumulates else 5)
 
     def sampled_curvature(self) -> Iterator[MemoryEstimate]:
         """Gauss-Newton-Bartlett. Gradients: of the step before, squares so far, of one chunk and of the one before it.
@@ -248,33 +270,20 @@ class _Step:
             other=self.matrix_copies,
         )
 
-    def double_backward(self) -> Iterator[MemoryEstimate]:
-        """Hutchinson in two backward passes: the graph of the first one is as large as the forward's.
+    def finite_difference(self) -> Iterator[MemoryEstimate]:
+        """Hutchinson as the trainer has it, by two gradients in fp32.
 
-        Attention in its plain form saves matrices of H · T, one in the forward and two in the backward pass, and works
-        with eight of them. Gradients: of the step before, noise, the first pass's and the second's.
+        Gradients: of the step before, noise, parameters kept, both gradients; for several micro-batches one more.
         """
-        width, square = self.config.width, self.config.heads * self.length
-        block = (80 if self.low else 128) * width + 12 * square + 16
-        saved = self.config.layers * block + self.end_bytes
-        for name, work, rows in (("curvature, attention", 32 * square, 12), ("curvature, loss", 0, 28)):
-            yield self.moment(
-                name,
-                gradients=4 * self.model,
-                activations=self.curvature_tokens * (saved + work),
-                logits=rows * self.curvature_tokens * self.config.head_rows,
-                other=self.matrix_copies,
-            )
-
-    def finite_difference(self) -> MemoryEstimate:
-        """Hutchinson by two gradients, in fp32. Of the step before, noise, parameters kept, both gradients."""
         plain = dataclasses.replace(self, low=False)
-        return self.moment(
+        held = 5 + (self.curvature_chunks > 1)
+        yield self.moment(
             "curvature, loss",
-            gradients=5 * self.model,
+            gradients=(held - 1) * self.model,
             activations=plain.stored(self.curvature_tokens) + self.curvature_tokens * plain.end_bytes,
             logits=12 * self.curvature_tokens * self.config.head_rows,
         )
+        yield self.moment("curvature, first block", gradients=held * self.model + self.embedding * plain.late_parts)
 
     def stored(self, tokens: int) -> int:
         """What the blocks save in a forward pass of so many tokens."""
