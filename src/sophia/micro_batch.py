@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from sophia import plan
@@ -29,7 +30,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def largest(stepper: Stepper, session: "Session") -> int:
     """The largest number of sequences, dividing this rank's rows, whose training step fits the device's memory.
 
-    On CUDA it is tried; elsewhere `plan`'s estimate is held against the memory that is free.
+    On CUDA it is tried; elsewhere, and under FSDP2, `plan`'s estimate is held against the memory that is free.
 
     Raises:
         ValueError: Not even one fits.
@@ -37,12 +38,16 @@ def largest(stepper: Stepper, session: "Session") -> int:
     here, sizes = session.here, _divisors(len(stepper.rows))
     if here.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(here.device)
-        there = min(here.gather(free + torch.cuda.memory_reserved(here.device)))
-        return _tried(stepper, session, [s for s in sizes if _estimate(session, s) <= _HOPE * there] or sizes[-1:])
-    available = free_memory()
-    if available is None:
-        return sizes[0]
-    available //= here.node_size  # whose ranks share it
+        available = min(here.gather(free + torch.cuda.memory_reserved(here.device)))
+        # FSDP2 reduces no gradients any more after a backward pass that broke off, and does not say so.
+        if not isinstance(stepper.model, FSDPModule):
+            hopeful = [size for size in sizes if _estimate(session, size) <= _HOPE * available]
+            return _tried(stepper, session, hopeful or sizes[-1:])
+    else:
+        found = free_memory()
+        if found is None:
+            return sizes[0]
+        available = found // here.node_size  # whose ranks share it
     for size in sizes:
         if _estimate(session, size) <= _SHARE_OF_FREE_MEMORY * available:
             return size
@@ -132,8 +137,7 @@ def _tried(stepper: Stepper, session: "Session", sizes: list[int]) -> int:
 def _fits(stepper: Stepper, session: "Session") -> bool:
     """Whether two micro-batches can be computed here; the second one has the gradients of the first beside it.
 
-    Under DDP without a word to the other ranks: one that runs out of memory leaves none waiting. Under FSDP2 every
-    forward pass is a collective call, and ranks must have GPUs of one size to run out of memory together.
+    Without a word to other ranks: one that runs out of memory leaves none waiting.
     """
     rows, device = min(2 * stepper.micro_batch, len(stepper.rows)), session.here.device
     inputs = torch.zeros(rows, session.config.context, dtype=torch.long, device=device)

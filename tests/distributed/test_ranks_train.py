@@ -5,8 +5,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
-from sophia import distributed
-from sophia.model import GPT, GPTConfig
+from sophia import distributed, micro_batch
+from sophia.model import GPT, FeedForward, GPTConfig
 from tests.distributed import engines, training
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}  # float64: only the order of sums may differ
@@ -66,6 +66,29 @@ def test_one_micro_batch_or_several(trained, parallel):
     """Reduced gradients do not depend on how often they are accumulated before."""
     alone = trained(optimizer="adamw")
     training.assert_close(trained(parallel, 4, optimizer="adamw", micro_batch=1), alone, **CLOSE)
+
+
+def short_of_memory(settings):
+    """Train with the largest micro-batch that can be tried, where rank 1 has room for two sequences only."""
+    original, tried = FeedForward.forward, micro_batch._tried
+
+    def forward(self, x):
+        if torch.distributed.get_rank() == 1 and len(x) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return original(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeedForward, "forward", forward)
+        patch.setattr(micro_batch, "largest", lambda stepper, session: tried(stepper, session, [6, 3, 2, 1]))
+        training.run(settings)
+
+
+def test_ranks_take_the_micro_batch_that_fits_all(trained, ranks, tmp_path):
+    settings = training.settings(
+        training.write_data(tmp_path / "data"), tmp_path / "run", **RUNS["labels"], micro_batch="auto"
+    )
+    ranks.run(short_of_memory, settings)
+    training.assert_close(tmp_path / "run", trained("ddp", 2, **RUNS["labels"]), rtol=0, atol=0)
 
 
 def refused(settings, nodes=None):
