@@ -116,7 +116,7 @@ def test_it_is_not_trained_on_validation_documents(tmp_path, monkeypatch):
     assert len(seen) < len(TEXTS)
 
 
-def test_the_sample_is_bounded_and_spread(tmp_path):
+def test_the_sample_is_bounded_and_spread(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for i in range(10):
         (tmp_path / "in" / f"{i}.txt").write_text(f"{i}" * (50 if i < 5 else 4000))
@@ -126,6 +126,11 @@ def test_the_sample_is_bounded_and_spread(tmp_path):
     assert sum(map(len, pieces)) <= 10_000
     assert all(found[i] == 50 for i in range(5))  # whole
     assert all(1500 <= found[i] <= 2000 for i in range(5, 10))  # what they leave goes to the others
+    monkeypatch.setattr("sophia.data.tokenizer._SAMPLE_SOURCES", 5)
+    some = [piece.text for piece in sample(items, Reading(document_bytes=100), budget=10**6)]
+    assert {text[:1] for text in some} == {b"0", b"2", b"4", b"6", b"8"}
+    assert list(sample([], Reading())) == []
+    monkeypatch.setattr("sophia.data.tokenizer._SAMPLE_SOURCES", 1024)
     everything = [piece.text for piece in sample(items, Reading(document_bytes=100), budget=10**6)]
     assert len(b"".join(everything)) == sum(item.size for item in items)
 

@@ -108,9 +108,8 @@ def sample(sources: Iterable[Source], reading: Reading, budget: int = SAMPLE_BYT
     A source's unused share goes to those behind it, so small files do not shrink the sample.
     """
     items = [item for item in sources if item.size]
-    chosen = [items[i * len(items) // _SAMPLE_SOURCES] for i in range(_SAMPLE_SOURCES)]
-    if len(items) <= _SAMPLE_SOURCES:
-        chosen = items
+    count = min(len(items), _SAMPLE_SOURCES)
+    chosen = [items[i * len(items) // count] for i in range(count)]
     for index, item in enumerate(chosen):
         share = budget // (len(chosen) - index)
         for piece in item.documents(reading):
