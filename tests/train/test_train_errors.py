@@ -296,7 +296,9 @@ def test_a_full_disk_ends_the_run_and_a_resume_is_as_if_it_never_was(tmp_path, s
             code = runs.train(data, tmp_path / "run", dropout=0.1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    refused(capsys, code, "the checkpoint of step 10 could not be written", "the last complete one is of step 5")
+    refused(
+        capsys, code, "the checkpoint of step 10 could not be written", "the last complete one is of step 5", "--resume"
+    )
     checkpoint.verify(runs.latest(tmp_path / "run"))
     assert runs.resume(tmp_path / "run") == 0
     runs.assert_equal(stopped / "whole", tmp_path / "run")
@@ -371,7 +373,7 @@ def test_a_shard_that_is_gone_before_it_was_opened(tmp_path, data, capsys, monke
         return begun
 
     monkeypatch.setattr("sophia.train_command.start", start_and_lose)
-    refused(capsys, runs.train(ours, tmp_path / "run"), "No such file or directory", "train-0000")
+    refused(capsys, runs.train(ours, tmp_path / "run"), "train-0000", "is gone since the data was opened")
 
 
 # ---- foreign weights

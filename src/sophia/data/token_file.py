@@ -23,9 +23,12 @@ class TokenFile:
         """Open it.
 
         Raises:
-            OSError: It cannot be opened; it is gone, for example.
+            ValueError: It is gone.
+            OSError: It cannot be opened.
         """
         self._path, self._header = path, header
+        if not path.is_file():
+            raise ValueError(f"{path} is gone since the data was opened; put it back, or prepare the data again")
         if _CAN_READ_BY_POSITION:
             self._handle = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._handle)
