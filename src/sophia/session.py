@@ -28,6 +28,8 @@ from sophia.step import Stepper
 
 Note = Callable[[str], None]
 
+_GRAPHS = 64
+
 
 @dataclass(kw_only=True)
 class Session:
@@ -245,10 +247,14 @@ def _build(
         )
     compiled = compiles(settings, here.device, note)
     if compiled:
-        # One graph for each shape, whatever was seen before: a resumed run must not compile differently.
+        # One graph for each shape, whatever was seen before: a resumed run must not compile differently, nor leave
+        # another shape uncompiled. There are a few for training, for curvature and for evaluation.
+        torch._dynamo.config.recompile_limit = _GRAPHS
         for part in model.blocks if sharded else [model]:
             part.compile(dynamic=False)
-    engine = spread(model, here, settings.machine.parallel, precision=precision)
+    # Under FSDP2 Sophia-H takes differences of gradients, for which parameters in bf16 are too coarse.
+    gathered = torch.float32 if settings.optimizer.optimizer == "sophia-h" else precision
+    engine = spread(model, here, settings.machine.parallel, gathered=gathered)
     optimizers = Optimizers(settings.optimizer, engine, seed=settings.batch.seed)
     own = here.rows(total)
     stepper = Stepper(

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -146,6 +147,36 @@ def test_a_signal_during_an_evaluation_and_one_while_a_checkpoint_is_written(tmp
     assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [5, 6]
     assert runs.resume(tmp_path / "stopped") == 0
     runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypatch):
+    """Four updates are done before the first checkpoint is; the next one waits for it."""
+    write, reached = checkpoint.write, threading.Event()
+    order = []
+
+    def slow_write(folder, checkpoint_):
+        order.append(f"begin {checkpoint_.step}")
+        assert reached.wait(timeout=60)
+        found = write(folder, checkpoint_)
+        order.append(f"end {checkpoint_.step}")
+        return found
+
+    monkeypatch.setattr(checkpoint, "write", slow_write)
+    runs.before_batch(monkeypatch, lambda index: reached.set() if index == 9 else None)
+    assert runs.train(data, tmp_path / "run") == 0
+    assert order == ["begin 5", "end 5", "begin 10", "end 10", "begin 12", "end 12"]
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path, data, monkeypatch):
+    """It is a copy: the updates that follow do not reach it."""
+    write = checkpoint.write
+    assert runs.train(data, tmp_path / "whole", keep_last=9) == 0
+    monkeypatch.setattr(checkpoint, "write", lambda *args: time.sleep(0.3) or write(*args))
+    assert runs.train(data, tmp_path / "late", keep_last=9) == 0
+    for step in (5, 10, 12):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            ours, theirs = (tmp_path / run / "checkpoints" / f"step-{step:08}" / name for run in ("late", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_signal_after_the_last_step_ends_nothing_early(tmp_path, data, monkeypatch, capsys):
