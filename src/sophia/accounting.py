@@ -59,6 +59,12 @@ def flops_per_token(config: GPTConfig, context: int | None = None) -> int:
     return 6 * count_parameters(config).multiplied + 12 * config.layers * config.width * length
 
 
+def recomputed_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
+    """What activation checkpointing adds: the blocks' forward pass once more. The model's FLOPs do not count it."""
+    length = config.context if context is None else context
+    return 2 * count_parameters(config).matrices + 4 * config.layers * config.width * length
+
+
 def curvature_share(optimizer: str, *, rows_fraction: float, interval: int = 10) -> float:
     """What curvature costs, as a fraction of the training FLOPs without it.
 

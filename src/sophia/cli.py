@@ -41,11 +41,17 @@ COMMANDS: Mapping[str, Command] = {
     "eval": Command("sophia.eval_command", "evaluate_command", "loss, perplexity and bits per byte of a run"),
     "sample": Command("sophia.sample_command", "sample", "text from a trained model"),
     "export": Command("sophia.export_command", "export", "a folder that transformers loads"),
+    "plan": Command(
+        "sophia.plan", "plan", "what fits on which GPUs, how fast and how dear, before anything is started"
+    ),
     "bench": Command("sophia.cli", "bench", "measurements, each against its yardstick in the same run", parses=True),
 }
 BENCHES: Mapping[str, Command] = {
     "step": Command("sophia.bench", "step", "the optimizer's step against torch's fused AdamW"),
     "train": Command("sophia.bench_train", "train", "training steps against transformers' GPT-2 with fused AdamW"),
+    "memory": Command(
+        "sophia.bench_memory", "memory", "peak memory of training steps against the estimate of sophia plan"
+    ),
     "loader": Command("sophia.bench_loader", "loader", "reading batches against the steps that consume them"),
     "prepare": Command("sophia.bench_prepare", "run", "text to shards against the tokenizer library's batches"),
 }
