@@ -177,10 +177,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) -> nn.Module:
+def spread(model: GPT, here: World, parallel: str, *, gathered: torch.dtype) -> nn.Module:
     """Put a model under DDP ("ddp") or FSDP2 ("fsdp", "hsdp"); it stays as it is where this process is alone.
 
-    With FSDP2 each block is a unit of its own; gradients are reduced in fp32 whatever the precision.
+    With FSDP2 each block is a unit of its own, whose parameters are gathered in the dtype ``gathered``; gradients are
+    reduced in fp32 in any case.
 
     Raises:
         ValueError: "hsdp" on a single node, or on nodes with different numbers of ranks.
@@ -194,8 +195,8 @@ def spread(model: GPT, here: World, parallel: str, *, precision: torch.dtype) ->
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = _mesh(here, parallel)
     policy = MixedPrecisionPolicy()
-    if precision != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    if gathered != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 
 from sophia import SophiaH
@@ -129,6 +130,20 @@ def test_frozen_and_unused_parameters_get_no_curvature(ranks, engine):
     assert not {"bias.hessian", "spare.hessian"} & exact.keys()
     for found in ranks.run(estimate_with_frozen_and_unused, engine):
         assert_near(found, exact)
+
+
+def refuse_low_precision():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = engines.wrap("fsdp", engines.build(torch.float32), mp_policy=policy)
+    optimizer = SophiaH(model.parameters())
+    with pytest.raises(ValueError, match=r"gathers the parameters in torch\.bfloat16: leave param_dtype out"):
+        optimizer.refresh_curvature(lambda: mean_loss(model))
+    return optimizer.curvature_due
+
+
+def test_parameters_gathered_in_bf16_are_refused(ranks):
+    """Their differences would be rounding: a third of the estimate was, in the trainer's smallest model."""
+    assert ranks.run(refuse_low_precision) == [True, True]
 
 
 def fail_between_the_differences(engine):

@@ -61,6 +61,16 @@ def test_in_single_precision(trained):
     training.assert_close(found, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("run", ["labels", "hutchinson"])
+def test_curvature_in_bfloat16(trained, run):
+    """FSDP2 gathers parameters in bfloat16 then: of that the differences that Sophia-H takes would be rounding."""
+    found = [trained(*engine, double=False, precision="bf16", **RUNS[run]) for engine in (("ddp", 1), ("fsdp", 2))]
+    ours, theirs = (training.tensors(folder, "optimizer") for folder in found)
+    for name, value in theirs.items():
+        if name.endswith("hessian"):
+            assert (ours[name] - value).norm() < 0.05 * value.norm(), name
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
 def test_one_micro_batch_or_several(trained, parallel):
     """Reduced gradients do not depend on how often they are accumulated before."""
@@ -142,7 +152,7 @@ def shard_partners():
     """The ranks that this rank shares a model with, on three nodes of two."""
     model = GPT(GPTConfig(vocab_size=5, context=2, layers=1, heads=1, width=6))
     with training.on_nodes(3), distributed.world("cpu") as here:
-        distributed.spread(model, here, "hsdp", precision=torch.float32)
+        distributed.spread(model, here, "hsdp", gathered=torch.float32)
     mesh = model.head.weight.device_mesh
     assert mesh.mesh_dim_names == ("replicate", "shard")
     assert model.head.weight.placements == (Replicate(), Shard(0))

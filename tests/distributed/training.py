@@ -50,7 +50,7 @@ def write_data(folder):
     return folder
 
 
-def settings(data, out, optimizer="sophia-g", *, parallel="ddp", micro_batch=2, **chosen):
+def settings(data, out, optimizer="sophia-g", *, parallel="ddp", micro_batch=2, precision="fp32", **chosen):
     """12 rows a step: micro-batches of 2 are six passes on one rank, three on two, one and a half on four."""
     if optimizer.startswith("sophia"):
         # Large enough that both clipped and unclipped coordinates are common.
@@ -66,7 +66,7 @@ def settings(data, out, optimizer="sophia-g", *, parallel="ddp", micro_batch=2, 
         evaluation=EvaluationSettings(eval_interval=3, eval_windows=5),
         logging=LoggingSettings(log_interval=1),
         checkpoints=CheckpointSettings(checkpoint_interval=4, keep_last=2),
-        machine=MachineSettings(device="cpu", precision="fp32", compile="off", parallel=parallel),
+        machine=MachineSettings(device="cpu", precision=precision, compile="off", parallel=parallel),
     )
 
 

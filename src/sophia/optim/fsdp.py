@@ -5,9 +5,10 @@ All functions speak of all FSDP2 modules in the process, and do nothing where th
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed._composable_state import _module_state_mapping
 
@@ -46,6 +47,16 @@ def gathered_anew() -> Iterator[None]:
         yield
     finally:
         _reshard()
+
+
+def computed_in(params: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype to which FSDP2 converts these parameters when it gathers them; None where it leaves all as they are."""
+    wanted = {id(p) for p in params}
+    for group in _groups():
+        dtype: torch.dtype | None = group.mp_policy.param_dtype
+        if dtype is not None and any(id(held.sharded_param) in wanted for held in group.fsdp_params):
+            return dtype
+    return None
 
 
 def _reshard() -> None:

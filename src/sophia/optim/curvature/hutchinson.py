@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sophia.optim import noise
+from sophia.optim import fsdp, noise
 from sophia.optim.curvature.estimator import Forward, Refresh, without_autocast
 from sophia.optim.dtensor import local, shard
 from sophia.optim.gradients import graph_nodes, isolated_gradients
@@ -162,6 +162,12 @@ def _finite_difference(
         raise ValueError(
             f"a finite-difference Hessian product needs fp32 parameters, and one is {low}: keep the parameters in fp32 "
             "under autocast, or use SophiaG, whose estimator needs first derivatives only"
+        )
+    low = fsdp.computed_in(theta)
+    if low not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"a finite-difference Hessian product needs fp32, and FSDP2 gathers the parameters in {low}: leave "
+            "param_dtype out of its MixedPrecisionPolicy (under autocast the model is as fast), or use SophiaG"
         )
     # `.data`: the perturbation is undone bit for bit, so a graph that the caller still holds stays valid.
     parts = [local(p).data for p in theta]
