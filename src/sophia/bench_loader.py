@@ -53,7 +53,7 @@ class LoaderBenchSettings:
     data_tokens: int = 32_000_000
     """How many random tokens."""
     rounds: int = 15
-    """Rounds, in each of which everything is done once, in turn. The median is shown."""
+    """Rounds, in each of which everything is done once, in turn. Medians are shown."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model is trained."""
     out: Path | None = None
@@ -199,7 +199,7 @@ def _table(result: dict[str, Any]) -> Table:
     made = result["machine"]
     table = Table(
         title=f"Reading batches of {result['tokens'] / 1e6:.0f} M tokens beside training on them",
-        caption=f"median of {result['settings']['rounds']} interleaved rounds (least to most); "
+        caption=f"medians of {result['settings']['rounds']} interleaved rounds (and least to most); "
         f"{made['gpu'] or made['cpu']}, {made['threads']} threads, torch {made['torch']}",
     )
     for heading in ("", "", "ms", "of the step alone"):
@@ -209,7 +209,7 @@ def _table(result: dict[str, Any]) -> Table:
             table.add_row(
                 f"{name}\n{model['rows']} x {model['context']}" if label == _STEP else "",
                 label,
-                f"{row['milliseconds']:.3g} ({row['milliseconds_min']:.3g} to {row['milliseconds_max']:.3g})",
+                f"{row['milliseconds']:,.2f}",
                 f"{row['ratio']:.2%} ({row['ratio_min']:.2%} to {row['ratio_max']:.2%})",
             )
         table.add_section()

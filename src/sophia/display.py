@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 _REFRESHES_PER_SECOND = 4
-_SMOOTHING = 0.9  # weight of the past in the loss that is shown
+_SMOOTHING = 0.9  # weight of the past in the loss that is shown …
+_YOUNG = 8  # … which is a half after so many records
 _PACE_RECORDS = 50  # logged steps by which the time left is told: enough of them to hold evaluations in proportion
 # Plain lines come at this pace at first and more slowly later, so that a log of hours can still be read whole.
 _SHORTEST_PAUSE = 5.0
@@ -173,21 +174,17 @@ class _Lines:
 
 
 class _Smoothed:
-    """A mean of the recent past; what is not finite is left out."""
+    """A mean of the recent past, short at first: early losses fall fast. What is not finite is left out."""
 
     def __init__(self) -> None:
-        self._sum_and_weight = 0.0, 0.0
+        self.value = math.nan
+        self._count = 0
 
     def add(self, value: float) -> None:
         if math.isfinite(value):
-            total, weight = self._sum_and_weight
-            now = 1.0 - _SMOOTHING
-            self._sum_and_weight = _SMOOTHING * total + now * value, _SMOOTHING * weight + now
-
-    @property
-    def value(self) -> float:
-        total, weight = self._sum_and_weight
-        return total / weight
+            past = min(self._count / (self._count + _YOUNG), _SMOOTHING)
+            self.value = past * self.value + (1 - past) * value if self._count else value
+            self._count += 1
 
 
 class _Pace:

@@ -243,14 +243,32 @@ def test_a_rollback_does_not_confuse_it():
     assert file.getvalue().rstrip().endswith("left 1:20")
 
 
-def test_the_loss_is_smoothed_and_what_is_not_finite_is_said():
+def losses_shown(losses):
     display, file, clock = logged()
     with display:
-        for step, loss in enumerate([4.0, 2.0, math.nan, 2.0, math.inf], start=1):
-            clock.now += 10
+        for step, loss in enumerate(losses, start=1):
+            clock.now += 61
             display.training(record(step, loss=loss, grad_norm=loss))
-    losses = [re.search(r"loss (\S+)", line)[1] for line in file.getvalue().splitlines()]
-    assert losses == ["4.000", "2.947", "nan", "2.598", "inf"]
+    return [float(re.search(r"loss (\S+)", line)[1]) for line in file.getvalue().splitlines()]
+
+
+def test_the_loss_is_smoothed():
+    noisy = [3.0 + 0.2 * (-1) ** t for t in range(200)]
+    assert max(abs(loss - 3) for loss in losses_shown(noisy)[100:]) < 0.03
+
+
+def test_the_smoothed_loss_follows_the_first_fall():
+    falling = [3 + 8 * 0.8**t for t in range(30)]
+    shown = losses_shown(falling)
+    assert shown[0] == 11
+    assert all(before <= loss + 0.5 for before, loss in zip(shown, falling, strict=True))
+
+
+def test_losses_that_are_not_finite_are_said_and_leave_no_trace():
+    shown = losses_shown([4.0, math.nan, 4.0, math.inf, 4.0])
+    assert [shown[0], shown[2], shown[4]] == [4, 4, 4]
+    assert math.isnan(shown[1])
+    assert shown[3] == math.inf
 
 
 def test_an_optimizer_that_does_not_clip_has_no_such_number():

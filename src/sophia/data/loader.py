@@ -163,6 +163,8 @@ class Prefetcher:
             self._failure = item
             raise item
         self._channel.wanted.release()
+        if self._device.type == "cpu":
+            return item  # even a copy to where it is would let the thread, just woken, go first
         pinned = self._device.type == "cuda"  # elsewhere a copy that does not wait could read memory already reused
         inputs, targets = item
         return inputs.to(self._device, non_blocking=pinned), targets.to(self._device, non_blocking=pinned)
