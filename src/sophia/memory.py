@@ -190,7 +190,7 @@ class _Step:
 
     def moments(self) -> Iterator[MemoryEstimate]:
         """Each moment that can be the peak."""
-        held = self.model if self.accumulates else 0
+        held = self.model if self.accumulates or self.replicated else 0  # DDP's buckets are always there
         entries = self.tokens * self.config.head_rows
         stored, copies = self.stored(self.tokens), self.matrix_copies
         yield self.moment(

@@ -330,7 +330,8 @@ def _memory_bytes(settings: PlanSettings) -> float:
 def _gpu_name(settings: PlanSettings) -> str:
     if settings.gpu is None and settings.memory_gb is not None and settings.peak_tflops is not None:
         return f"GPU of {settings.memory_gb:g} GiB"
-    return find_gpu(settings.gpu or "h100").name
+    name = find_gpu(settings.gpu or "h100").name
+    return name if settings.memory_gb is None else f"{name} with {settings.memory_gb:g} GiB"
 
 
 def _peak_flops(settings: PlanSettings, setup: Setup) -> tuple[float, str]:

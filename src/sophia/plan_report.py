@@ -19,38 +19,51 @@ _PARTS = {
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print what `make_plan` found: memory, the verdict, remedies, speed."""
+    console.print(_title(plan), highlight=False)
     console.print(_memory(plan))
+    console.print(_moment(plan), highlight=False)
     console.print(_verdict(plan), highlight=False)
     if plan["changes"]:
         console.print(_changes(plan))
     console.print(_speed(plan))
+    console.print(_basis(plan), highlight=False)
+
+
+def _title(plan: dict[str, Any]) -> str:
+    setup, settings = plan["setup"], plan["settings"]
+    words = [
+        f"[bold]{settings['model']}[/]: {plan['parameters']['total'] / 1e6:.1f} M parameters",
+        settings["optimizer"],
+        setup["precision"],
+        *(["activation checkpointing"] if setup["model"]["activation_checkpointing"] else []),
+        *([setup["parallel"]] if setup["gpus"] > 1 else []),
+    ]
+    place = "the CPU" if settings["device"] == "cpu" else f"{setup['gpus']} × {setup['device']}"
+    return f"{', '.join(words)}, on {place}"
+
+
+def _moment(plan: dict[str, Any]) -> str:
+    setup = plan["setup"]
+    passes = setup["micro_batches_per_step"]
+    return (
+        f"The peak ({plan['memory']['moment']}), with micro-batches of {setup['micro_batch']} × "
+        f"{setup['model']['context']} tokens, {'one' if passes == 1 else passes} in a step."
+    )
 
 
 def _memory(plan: dict[str, Any]) -> Table:
-    setup, settings, memory = plan["setup"], plan["settings"], plan["memory"]
-    parallel = f", {setup['parallel']}" if setup["gpus"] > 1 else ""
-    checkpointing = ", activation checkpointing" if setup["model"]["activation_checkpointing"] else ""
-    several = setup["gpus"] > 1
-    table = Table(
-        title=f"{settings['model']}, {plan['parameters']['total'] / 1e6:.1f} M parameters, {settings['optimizer']}, "
-        f"{setup['precision']}{checkpointing}, on {setup['gpus']} × {setup['device']}{parallel}",
-        caption=f"at its peak ({memory['moment']}), with {setup['micro_batch']} sequences of "
-        f"{setup['model']['context']} tokens at a time and {setup['micro_batches_per_step']} times a step",
-        title_justify="left",
-        caption_justify="left",
-    )
+    gpus, memory = plan["setup"]["gpus"], plan["memory"]
+    table = Table()
     table.add_column("memory")
-    table.add_column("GiB each" if several else "GiB", justify="right")
-    if several:
+    table.add_column("GiB each" if gpus > 1 else "GiB", justify="right")
+    if gpus > 1:
         table.add_column("GiB in total", justify="right")
-    rows = [
-        (label, memory["per_gpu"][name]) for name, label in _PARTS.items() if name != "holes" or memory["per_gpu"][name]
-    ]
-    for label, size in rows:
-        table.add_row(label, *_gib(size, setup["gpus"]))
+    for name, label in _PARTS.items():
+        if name != "holes" or memory["per_gpu"][name]:
+            table.add_row(label, *_gib(memory["per_gpu"][name], gpus))
     table.add_section()
-    table.add_row("needed", *_gib(memory["per_gpu"]["total"], setup["gpus"]), style="bold")
-    table.add_row("usable", *_gib(memory["usable_per_gpu"], setup["gpus"]))
+    table.add_row("needed", *_gib(memory["per_gpu"]["total"], gpus), style="bold")
+    table.add_row("usable", *_gib(memory["usable_per_gpu"], gpus))
     return table
 
 
@@ -67,8 +80,8 @@ def _verdict(plan: dict[str, Any]) -> str:
 
 
 def _changes(plan: dict[str, Any]) -> Table:
-    table = Table(title="What to change", title_justify="left")
-    table.add_column("each alone")
+    table = Table()
+    table.add_column("what to change, each alone")
     table.add_column("GiB each", justify="right")
     table.add_column("fits")
     for change in plan["changes"]:
@@ -80,14 +93,7 @@ def _changes(plan: dict[str, Any]) -> Table:
 
 def _speed(plan: dict[str, Any]) -> Table:
     speed = plan["speed"]
-    table = Table(
-        title="Speed",
-        title_justify="left",
-        caption=f"at {speed['utilisation']:.0%} of {speed['peak_flops_per_gpu'] / 1e12:.3g} TFLOP/s "
-        f"({speed['peak_source']}); communication between GPUs is not counted",
-        caption_justify="left",
-        show_header=False,
-    )
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("tokens a second", f"{speed['tokens_per_second']:,.0f}")
@@ -99,6 +105,15 @@ def _speed(plan: dict[str, Any]) -> Table:
     if speed["cost"] is not None:
         table.add_row("cost", f"{speed['cost']:,.2f}")
     return table
+
+
+def _basis(plan: dict[str, Any]) -> str:
+    speed = plan["speed"]
+    alone = "" if plan["setup"]["gpus"] == 1 else " Communication between GPUs is not counted."
+    return (
+        f"At {speed['utilisation']:.0%} of {speed['peak_flops_per_gpu'] / 1e12:.3g} TFLOP/s "
+        f"({speed['peak_source']}).{alone}"
+    )
 
 
 def _short(number: float) -> str:
