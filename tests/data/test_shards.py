@@ -156,6 +156,11 @@ def vocabulary_too_large(data):
     sign(data)
 
 
+def another_vocabulary(data):
+    data[16:24] = (300).to_bytes(8, "little")
+    sign(data)
+
+
 def other_tokenizer(data):
     data[48:80] = bytes(32)
     sign(data)
@@ -169,7 +174,8 @@ DAMAGES = {
     "bit flipped in the header": (flip(30), ["damaged header"]),
     "longer": (lambda data: data.extend(b"more"), ["too long"]),
     "another version": (version_9, ["version 9"]),
-    "vocabulary larger than the dtype": (vocabulary_too_large, ["16 bits", "70000"]),
+    "vocabulary larger than the dtype": (vocabulary_too_large, ["16 bits, too few", "70000"]),
+    "another vocabulary": (another_vocabulary, ["vocabulary of 300", "manifest says 257"]),
     "another tokenizer": (other_tokenizer, ["another tokenizer"]),
 }
 

@@ -142,11 +142,8 @@ class SplitWriter:
             if not (self.folder / shard.name).is_file():
                 raise ValueError(f"{self.folder / shard.name} is gone; start over with --overwrite")
         open_shard = state["open"]
-        for leftover in sorted(self.folder.glob(f"{self.split}-*{PARTIAL}")):
-            if leftover.name != self._name() + PARTIAL or not open_shard["tokens"]:
-                leftover.unlink()
         if not open_shard["tokens"]:
-            return
+            return  # files of later shards may be there; they will be begun again
         path = self.folder / (self._name() + PARTIAL)
         end = SIZE + open_shard["tokens"] * self._dtype.itemsize
         if not path.is_file() or path.stat().st_size < end:
