@@ -78,7 +78,7 @@ class Metrics:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as problem:
-            raise OSError(problem.errno, problem.strerror, str(self.path)) from None
+            raise _named(problem, self.path) from None
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -162,11 +162,19 @@ def _cut(path: Path, step: int) -> None:
     if sum(map(len, kept)) == path.stat().st_size:
         return
     partial = path.with_suffix(path.suffix + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as problem:
+        raise _named(problem, partial) from None
+
+
+def _named(problem: OSError, path: Path) -> OSError:
+    """The same error with the file's name, which a failed write does not have."""
+    return OSError(problem.errno, problem.strerror, str(path))
 
 
 def _kind(record: Any) -> str | None:

@@ -140,6 +140,16 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_is_full_when_lines_are_cut_leaves_them(tmp_path):
+    before = write(tmp_path, [training(1), training(2)])
+    (tmp_path / "metrics.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"metrics\.jsonl\.partial") as caught:
+        Metrics(tmp_path, resume_step=1)
+    assert caught.value.errno == errno.ENOSPC
+    assert text(tmp_path) == before
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         Metrics(tmp_path / "nowhere", resume_step=None)
