@@ -66,7 +66,8 @@ def memory_run(folder: Path, size: int, seed: int) -> dict[str, Any]:
     process = subprocess.Popen(command(folder / "large-text", large, tokenizer), stdout=subprocess.PIPE)
     watch = Watch(process.pid)
     report, _ = process.communicate()
-    peak, peaks = watch.stop()
+    sums, largest = watch.stop()
+    peak = max(sums)
     if process.returncode:
         raise SystemExit(f"sophia prepare ended with {process.returncode}")
     answer = json.loads(report)
@@ -82,7 +83,9 @@ def memory_run(folder: Path, size: int, seed: int) -> dict[str, Any]:
         "tokenizer_alone_mib": baseline,
         "peak_mib": peak,
         "above_tokenizer_mib": peak - baseline,
-        "largest_processes_mib": peaks,
+        "processes_at_peak_mib": largest,
+        # The peak of each tenth of the run: memory that grows with the text would show.
+        "peaks_over_time_mib": [max(sums[i * len(sums) // 10 : (i + 1) * len(sums) // 10 + 1]) for i in range(10)],
         "all_text_is_there": whole,
         "passed": whole and peak - baseline < LIMIT_MIB,
     }
@@ -168,23 +171,24 @@ class Watch:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._peak = 0.0
-        self._peaks: list[float] = []
+        self._sums = [resident(pid)]
+        self._largest: list[float] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def stop(self) -> tuple[float, list[float]]:
-        """The largest sum, and what it was made of."""
+    def stop(self) -> tuple[list[float], list[float]]:
+        """All samples, each the sum over the processes; and what the largest was made of."""
         self._over.set()
         self._thread.join()
-        return self._peak, self._peaks
+        return self._sums, self._largest
 
     def _run(self) -> None:
         while not self._over.wait(0.2):
             sizes = sorted((resident(pid) for pid in (self._pid, *children(self._pid))), reverse=True)
-            if sum(sizes) > self._peak:
-                self._peak, self._peaks = sum(sizes), sizes
+            if sum(sizes) > max(self._sums):
+                self._largest = sizes
+            self._sums.append(sum(sizes))
 
 
 def children(pid: int) -> list[int]:
