@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint wheel-test clean
+.PHONY: demo test lint soak wheel-test clean
 
 demo: $(READY)
 	$(BIN)/sophia demo
@@ -19,6 +19,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hours of a user's life in minutes: a large text, kills at random moments. Writes benchmarks/results/soak-*.json.
+soak: $(READY)
+	$(BIN)/python -m tests.soak.prepare
+	$(BIN)/python -m tests.soak.kills
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'

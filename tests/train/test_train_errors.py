@@ -236,10 +236,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_remedy_works(stopped, run, caps
     runs.assert_equal(stopped / "whole", run)
 
 
-def test_a_replacement_that_a_kill_interrupted_is_finished_first(stopped, run):
-    """Between two renames the latest checkpoint has another name."""
+def test_a_replacement_that_a_kill_interrupted_is_finished_first(stopped, run, capsys):
+    """Between two renames the latest checkpoint has another name, and the new one is not complete."""
     runs.latest(run).rename(run / "checkpoints" / ".replaced-00000007")
+    (run / "checkpoints" / ".partial-00000007").mkdir()
     assert runs.resume(run) == 0
+    assert "going on after step 7" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
     runs.assert_equal(stopped / "whole", run)
 
 
