@@ -1,6 +1,5 @@
 """`sophia bench step`: what one optimizer step costs beside torch's fused AdamW, in one interleaved run."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sophia import SophiaG, machine
+from sophia.bench_result import publish
 
 _REFERENCE = "AdamW fused"
 
@@ -53,15 +53,7 @@ class StepSettings:
 def step(settings: Annotated[StepSettings, tyro.conf.arg(name="")]) -> None:
     """Time one optimizer step of Sophia-G against torch's fused AdamW."""
     console = Console(stderr=settings.json)
-    result = measure(settings, console)
-    if settings.out is not None:
-        machine.write_json(settings.out, result)
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        console.print(_table(result))
-        if settings.out is not None:
-            console.print(f"written to {settings.out}")
+    publish(measure(settings, console), _table, console, out=settings.out, as_json=settings.json)
 
 
 def measure(settings: StepSettings, console: Console) -> dict[str, Any]:

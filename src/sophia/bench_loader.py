@@ -5,7 +5,6 @@ single forward and backward pass, where a real step accumulates many but reads i
 """
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from sophia import machine
+from sophia.bench_result import publish
 from sophia.data.loader import Batches, Prefetcher
 from sophia.data.shards import Dataset, write_dataset
 from sophia.model import GPT
@@ -77,15 +77,7 @@ class LoaderBenchSettings:
 def loader(settings: Annotated[LoaderBenchSettings, tyro.conf.arg(name="")]) -> None:
     """Time reading batches against the training steps that consume them."""
     console = Console(stderr=settings.json)
-    result = measure(settings, console)
-    if settings.out is not None:
-        machine.write_json(settings.out, result)
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        console.print(_table(result))
-        if settings.out is not None:
-            console.print(f"written to {settings.out}")
+    publish(measure(settings, console), _table, console, out=settings.out, as_json=settings.json)
 
 
 def measure(settings: LoaderBenchSettings, console: Console) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sophia import machine
+from sophia.bench_result import publish
 from sophia.config import OptimizerSettings
 from sophia.distributed import World
 from sophia.memory import step_memory
@@ -151,14 +152,7 @@ def memory(settings: Annotated[MemorySettings, tyro.conf.arg(name="")]) -> None:
         for case in track(settings.cases, description="training in fresh processes", console=console, transient=True)
     ]
     result = {"bench": "memory", "device": settings.device, "machine": machine.describe(), "results": rows}
-    if settings.out is not None:
-        machine.write_json(settings.out, result)
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        console.print(_table(result))
-        if settings.out is not None:
-            console.print(f"written to {settings.out}")
+    publish(result, _table, console, out=settings.out, as_json=settings.json)
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sophia import machine
+from sophia.bench_result import publish
 from sophia.data.documents import Reading
 from sophia.data.prepare import prepare
 from sophia.data.recipe import Recipe
@@ -61,15 +62,7 @@ class PrepareBenchSettings:
 def run(settings: Annotated[PrepareBenchSettings, tyro.conf.arg(name="")]) -> None:
     """Time `sophia prepare` against the tokenizer library's encode_batch on the same text and cores."""
     console = Console(stderr=settings.json)
-    result = measure(settings, console)
-    if settings.out is not None:
-        machine.write_json(settings.out, result)
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        console.print(_table(result))
-        if settings.out is not None:
-            console.print(f"written to {settings.out}")
+    publish(measure(settings, console), _table, console, out=settings.out, as_json=settings.json)
 
 
 def measure(settings: PrepareBenchSettings, console: Console) -> dict[str, Any]:

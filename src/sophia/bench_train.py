@@ -6,7 +6,6 @@ compiled or not as ours is. The batches are random ids; what a step costs does n
 
 import contextlib
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from sophia import machine
 from sophia.accounting import flops_per_token
+from sophia.bench_result import publish
 from sophia.config import OptimizerName, OptimizerSettings
 from sophia.distributed import World, pick_device
 from sophia.model import GPT, GPTConfig, padded_vocabulary
@@ -96,15 +96,7 @@ class _Logits(nn.Module):
 def train(settings: Annotated[TrainBenchSettings, tyro.conf.arg(name="")]) -> None:
     """Time training steps against transformers' GPT-2 with torch's fused AdamW."""
     console = Console(stderr=settings.json)
-    result = measure(settings, console)
-    if settings.out is not None:
-        machine.write_json(settings.out, result)
-    if settings.json:
-        print(json.dumps(result))
-    else:
-        console.print(_table(result))
-        if settings.out is not None:
-            console.print(f"written to {settings.out}")
+    publish(measure(settings, console), _table, console, out=settings.out, as_json=settings.json)
 
 
 def measure(settings: TrainBenchSettings, console: Console) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         have = [step for step in steps(folder) if step != checkpoint.step]
         last = f"the last complete one is of step {have[-1]}" if have else "there is no earlier one"
         raise OSError(
-            f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({problem}); {last}: make room, "
-            "and go on with --resume"
+            f"the checkpoint of step {checkpoint.step} could not be written to {folder} ({problem}); {last}: make "
+            "room, and go on with --resume"
         ) from None
     return final
 

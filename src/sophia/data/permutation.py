@@ -56,11 +56,14 @@ class Permutation:
         for number, key in enumerate(self._round_keys):
             side = rows if number % 2 else columns  # the range of `left`, which changes sides every round
             left, right = right, (left + _mix(right + key) % side) % side
-        return left + columns * right  # after an even number of rounds both are back on their sides
+        # After an even number of rounds both are back on their sides.
+        permuted: npt.NDArray[np.uint64] = left + columns * right
+        return permuted
 
 
 def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Scatter the bits of each word: a bijection of 64 bits."""
     words = (words ^ (words >> _SHIFT_1)) * _MIX_1
     words = (words ^ (words >> _SHIFT_2)) * _MIX_2
-    return words ^ (words >> _SHIFT_3)
+    scattered: npt.NDArray[np.uint64] = words ^ (words >> _SHIFT_3)
+    return scattered
