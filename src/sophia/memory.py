@@ -46,7 +46,7 @@ _FP32 = 4
 _BF16 = 2
 # On CUDA what PyTorch has cuBLAS keep on Hopper (8 MiB on earlier GPUs), elsewhere what libraries were seen to keep.
 _WORKSPACE = {"cuda": 32 << 20}
-_OTHER_WORKSPACE = 16 << 20
+_OTHER_WORKSPACE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
