@@ -47,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="in each mode")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with deterministic kernels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
@@ -55,11 +56,12 @@ def main() -> int:
         folder = Path(name)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # compiled here, and for this
         data = runs.write_data(folder / "data", tokens=20_000, shard_tokens=4_000)
-        modes = {mode: kill_run(folder / mode, data, mode, given.kills, given.seed) for mode in given.modes}
+        modes = {mode: kill_run(folder / mode, data, mode, given) for mode in given.modes}
     result = {
         "soak": "kills",
         "machine": machine.describe(),
         "seed": given.seed,
+        "device": given.device,
         "seconds": time.monotonic() - start,
         "settings": {**runs.SMALL, **SETTINGS},
         "modes": modes,
@@ -71,14 +73,15 @@ def main() -> int:
     return 0 if result["passed"] else 1
 
 
-def kill_run(folder: Path, data: Path, mode: str, count: int, seed: int) -> dict[str, Any]:
+def kill_run(folder: Path, data: Path, mode: str, given: argparse.Namespace) -> dict[str, Any]:
     """Train undisturbed and disturbed, and compare."""
-    start = time.monotonic()
+    start, count = time.monotonic(), given.kills
     steps = count * (SPAN + SLACK) + 5
-    flags = runs.arguments(**SETTINGS, steps=steps, compile="on" if mode == "compiled" else "off")
+    place = {"device": given.device, "deterministic": given.device == "cuda" or None}
+    flags = runs.arguments(**SETTINGS, **place, steps=steps, compile="on" if mode == "compiled" else "off")
     whole, torn = folder / "whole", folder / "torn"
     ended(kills.start("--data", data, "--out", whole, *flags))
-    draw = random.Random(f"{seed} {mode}")
+    draw = random.Random(f"{given.seed} {mode}")
     found: list[kills.Kill] = []
     first = ["--data", str(data), "--out", str(torn), *flags]
     for moment in moments(draw, count):
