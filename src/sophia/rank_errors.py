@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 # Seconds that a rank waits for the others to end, too. One in a collective call may learn of an end only when the
 # process is gone: under gloo as its connections close, under NCCL as torchrun terminates the others. A rank that has
 # nothing to tell but that it lost contact has more time: the others may be computing.
-_PATIENCE_TO_TELL = 3.0
+_PATIENCE_TO_TELL = 5.0
 _PATIENCE_TO_LEARN = 10.0
 _PAUSE = 0.02
 _LOST_CONTACT = ("gloo", "nccl", "failed on rank")
