@@ -44,7 +44,7 @@ class Progress:
     not_finite_in_row: int = 0
     """Such updates since the last good one."""
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Returns to the latest regular checkpoint, as the metrics tell them: its resume writes them again."""
+    """Returns to this checkpoint, as the metrics tell them: its resume writes them again."""
     elapsed: float = 0.0
     """Seconds of training, over all resumes."""
     recent: list[float] = field(default_factory=list)
@@ -213,8 +213,7 @@ class Trainer:
     def _tell_rollbacks(self) -> None:
         """Write down the returns to this checkpoint, whose lines were cut with those of all later steps."""
         for event in self.progress.rollbacks:
-            if event["step"] > self.progress.step:
-                self.metrics.write(event)
+            self.metrics.write(event)
 
     def _evaluate_when_due(self, done: bool) -> None:
         if not done and self.progress.step % (self.settings.evaluation.eval_interval or 1):
@@ -245,8 +244,7 @@ class Trainer:
         before = self.elapsed
         regular = self.progress.step > 0 and self.progress.step % self.interval == 0
         if (done or self._stop or regular) and self._sound(done):
-            if regular:
-                self.progress.rollbacks = []
+            self.progress.rollbacks = []
             self._save()
             self._pause(self.elapsed - before)
         self.writer.check()

@@ -180,9 +180,10 @@ def test_after_a_rollback_training_is_that_of_a_run_without_those_batches(tmp_pa
         lambda self, inputs, targets, index: gradients(self, inputs, targets, index=index + 5 * (index >= 40)),
     )
     assert runs.train(data, tmp_path / "without", **SPIKY | flags) == 0
+    rolled, without = (runs.latest(tmp_path / run) for run in ("rolled", "without"))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = (runs.latest(tmp_path / run) / name for run in ("rolled", "without"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        assert (rolled / name).read_bytes() == (without / name).read_bytes()
+    assert runs.state(rolled)["progress"]["recent"] == runs.state(without)["progress"]["recent"]
 
 
 def test_rollbacks_to_one_checkpoint_are_bounded(tmp_path, data, monkeypatch, capsys):
@@ -247,14 +248,13 @@ def test_a_crash_around_the_writing_of_a_rollback_leaves_no_trace(tmp_path, data
 
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_checkpoints_of_signals_do_not_change_where_a_rollback_goes(tmp_path, data, monkeypatch, keep_last):
-    flags = {"keep_last": keep_last, "dropout": 0.1}
+    flags = {"keep_last": keep_last, "dropout": 0.1, "steps": 48}
     disturb(monkeypatch, {44: high(30.0), 46: high(30.0)})
     assert rollback(data, tmp_path / "whole", **flags) == 0
-    runs.signal_at(monkeypatch, signal.SIGTERM, 41, 42, 45)
+    assert len(events(tmp_path / "whole", "rollback")) == 2
+    runs.signal_at(monkeypatch, signal.SIGTERM, 41, 42, 45, 48)
     assert rollback(data, tmp_path / "stopped", **flags) == 143
-    assert runs.resume(tmp_path / "stopped") == 143
-    assert runs.resume(tmp_path / "stopped") == 143
-    assert runs.resume(tmp_path / "stopped") == 0
+    assert [runs.resume(tmp_path / "stopped") for _ in range(4)] == [143, 143, 143, 0]
     runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
