@@ -24,8 +24,8 @@ logits 4, all in fp32, and the logits themselves s, which the trainer's loop sti
 The sums are those of PyTorch's own record of allocations (tests/model/test_memory.py). To them come a workspace, of
 cuBLAS or of the CPU's libraries, and on the CPU the holes in the heap: glibc keeps tensors below 32 MiB there, and what
 gradients leave of the room of earlier activations is too small for later ones. By measurement holes are half of the
-saved activations where gradients accumulate and a fifth where they do not; with activation checkpointing two and a half
-times, or twice, what a block saves. With every tensor in pages of its own (MALLOC_MMAP_THRESHOLD_=1048576) there are
+saved activations where gradients accumulate and a fifth where they do not; with activation checkpointing three times,
+or twice, what a block saves. With every tensor in pages of its own (MALLOC_MMAP_THRESHOLD_=1048576) there are
 none, but a step takes a sixth longer. `sophia bench memory` compares; benchmarks/results/plan-cpu.json is its answer.
 Not counted: the process itself.
 """
@@ -246,7 +246,7 @@ class _Step:
         if self.device != "cpu":
             return 0
         if self.checkpoints:
-            return self.tokens * self.block * (5 if self.accumulates else 4) // 2
+            return self.tokens * self.block * (3 if self.accumulates else 2)
         return activations // (2 if self.accumulates else 5)
 
     def sampled_curvature(self) -> Iterator[MemoryEstimate]:
