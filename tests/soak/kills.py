@@ -113,20 +113,20 @@ def moments(draw: random.Random, count: int) -> Iterator[str]:
 
 def strike(process: Any, run: Path, moment: str, draw: random.Random) -> kills.Kill:
     """Kill the process at such a moment."""
-    base = kills.last_step(run)
+    base, since = kills.last_step(run), time.time()
     if moment == "starting":
         time.sleep(draw.uniform(0.0, LONGEST_START))  # perhaps it trains by then
-        return kills.kill(process, run)
+        return kills.kill(process, run, since=since)
     goal = base + draw.randrange(1, SPAN)
     if moment == "writing":
-        came = kills.wait_for(process, lambda: kills.last_step(run) >= goal and kills.is_writing(run))
+        came = kills.wait_for(process, lambda: kills.last_step(run) >= goal and kills.is_writing(run, since=since))
     else:
         came = kills.wait_for(process, lambda: kills.last_step(run) >= goal)
         time.sleep(draw.uniform(0.0, 0.03))
     if not came:
         code, said = kills.finish(process)
         raise SystemExit(f"the run ended with {code} before it could be killed: {said[-500:]}")
-    return kills.kill(process, run)
+    return kills.kill(process, run, since=since)
 
 
 def ended(process: Any) -> None:

@@ -46,16 +46,25 @@ def wait_for(process, ready):
     return True
 
 
-def kill(process, run):
-    """kill -9 a run's process."""
+def kill(process, run, *, since=0.0):
+    """kill -9 a run's process, which began at the time `since`."""
     process.kill()
     finish(process)
-    return Kill(after_step=last_step(run), resumes_from=last_checkpoint(run), while_writing=is_writing(run))
+    return Kill(
+        after_step=last_step(run), resumes_from=last_checkpoint(run), while_writing=is_writing(run, since=since)
+    )
 
 
-def is_writing(run):
-    """Whether the folder of a checkpoint is there that has not got its name yet."""
-    return any((run / "checkpoints").glob(".partial-0*"))
+def is_writing(run, *, since=0.0):
+    """Whether the folder of a checkpoint is there that has not got its name yet, and is not left from earlier."""
+    return any(_changed(path) >= since for path in (run / "checkpoints").glob(".partial-0*"))
+
+
+def _changed(path):
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # it has just got its name
+        return -1.0
 
 
 def last_checkpoint(run):
