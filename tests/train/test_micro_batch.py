@@ -130,6 +130,22 @@ def test_auto_backs_off_and_the_run_is_that_of_the_smaller_size(tmp_path, data, 
     ]
 
 
+def test_on_a_gpu_sizes_are_tried_and_leave_nothing(tmp_path, data, monkeypatch):
+    """Two micro-batches of each size, from the largest on; here on the CPU."""
+    run = session_of(data, tmp_path / "run", optimizer="sophia-g")
+    before = [p.clone() for p in run.model.parameters()]
+    asked = out_of_memory_above(monkeypatch, 4)
+    assert micro_batch._tried(run.stepper, run, [12, 6, 4, 3, 2, 1]) == run.stepper.micro_batch == 4
+    assert asked == [12, 6, 4, 4]
+    assert all(p.grad is None for p in run.model.parameters())
+    assert run.optimizers.curvature_due
+    for p, q in zip(run.model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    out_of_memory_above(monkeypatch, 0)
+    with pytest.raises(ValueError, match="not even one sequence of 16 tokens fits cpu"):
+        micro_batch._tried(run.stepper, run, [2, 1])
+
+
 def test_a_resume_goes_on_with_what_was_left(tmp_path, data, monkeypatch, capsys):
     asked = out_of_memory_above(monkeypatch, 2)
     runs.crash_at(monkeypatch, 7)
