@@ -253,18 +253,15 @@ def _table(result: dict[str, Any]) -> Table:
         caption=f"{good} of {len(rows)} estimates within {_WITHIN:.0%} of what was measured; "
         f"{made['gpu'] or made['cpu']}, {made['threads']} threads, torch {made['torch']}",
     )
-    for heading in ("model", "sequences", "optimizer", "precision", "checkpointing", "peak at"):
+    for heading in ("training step", "peak at"):
         table.add_column(heading)
     for heading in ("plan, MiB", "measured, MiB", "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         case, estimate = row["case"], row["estimate"]
+        words = [case["model"], f"{case['micro_batch']} of {case['rows']} rows", case["optimizer"], case["precision"]]
         table.add_row(
-            case["model"],
-            f"{case['micro_batch']} of {case['rows']}",
-            case["optimizer"],
-            case["precision"],
-            "yes" if case["checkpointing"] else "",
+            ", ".join([*words, *(["checkpointing"] if case["checkpointing"] else [])]),
             estimate["moment"],
             f"{estimate['total'] / 2**20:.0f}",
             f"{row['measured'] / 2**20:.0f}",
