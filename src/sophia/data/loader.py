@@ -1,4 +1,4 @@
-"""Which tokens a training step sees: a pure function of (data fingerprint, seed, step), read from memory-mapped shards.
+"""Which tokens a training step sees: a pure function of (data fingerprint, seed, step), read from shards.
 
 The training tokens are cut into windows of ``context`` inputs; the targets lie one token further, so that neighbours
 share that one token and nothing else. An epoch visits every window once, in an order that the fingerprint, the seed
