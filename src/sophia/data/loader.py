@@ -11,6 +11,7 @@ rows - 1, so that the number of ranks, the size of micro-batches and a resume ch
 without those before it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import operator
@@ -18,7 +19,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 import numpy as np
@@ -30,6 +31,7 @@ from sophia.data.permutation import Permutation
 from sophia.data.shards import Dataset, Split
 
 _SEEDS = 1 << 64
+_SIGNAL_PAUSE = 1.0  # seconds
 
 
 class Batches:
@@ -158,7 +160,7 @@ class Prefetcher:
             raise RuntimeError("a prefetcher does not survive a fork; make one in the child")
         if self._channel.stopped:
             raise RuntimeError("the prefetcher is closed")
-        item = self._channel.ready.get() if self._failure is None else self._failure
+        item = self._channel.get() if self._failure is None else self._failure
         if isinstance(item, BaseException):
             self._failure = item
             raise item
@@ -194,6 +196,13 @@ class _Channel:
         self.wanted = threading.Semaphore(depth)
         self.stopped = False
         self._process = os.getpid()
+
+    def get(self) -> tuple[Tensor, Tensor] | BaseException:
+        """The next item, as soon as it is there."""
+        while True:
+            # A signal that comes between Python's last look for one and the lock's wait is noticed only after the wait.
+            with contextlib.suppress(Empty):
+                return self.ready.get(timeout=_SIGNAL_PAUSE)
 
     def stop(self) -> None:
         self.stopped = True
