@@ -1,11 +1,11 @@
 """What keeps a long run from going to waste: bad numbers noticed at once, signals answered with a checkpoint."""
 
 import collections
+import contextlib
 import math
 import signal
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,15 +45,13 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def caught(self) -> Iterator["Signals"]:
         """Answer signals here instead of dying by them."""
         previous: dict[int, Any] = {}
-        try:
+        with contextlib.suppress(ValueError):  # raised in threads other than the main one, which alone gets signals
             for asked in (signal.SIGINT, signal.SIGTERM):
                 previous[asked] = signal.signal(asked, self._answer)
-        except ValueError:
-            pass  # not the main thread, which alone gets signals
         try:
             yield self
         finally:

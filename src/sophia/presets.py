@@ -133,8 +133,7 @@ PRESETS: Mapping[str, Preset] = _table(
         tokens_per_step=16 * 128,
         steps=500,
         warmup_steps=250,
-        # adamw, sophia_g: the best of docs/demo-sweep.md; the others from a handful of trials at most.
-        recipes=_recipes(adamw=8e-3, lion=1e-3, muon=8e-3, sophia_g=2e-3, gamma=0.5, beta1=0.9, sophia_h=2e-3),
+        recipes=_short(adamw=8e-3, lion=1e-3, muon=8e-3, sophia_g=2e-3, sophia_h=2e-3),
     ),
     Preset(
         name="micro",  # 10.1 M parameters with a vocabulary of 8192

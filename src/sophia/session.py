@@ -252,7 +252,7 @@ def _build(
         torch._dynamo.config.recompile_limit = _GRAPHS
         for part in model.blocks if sharded else [model]:
             part.compile(dynamic=False)
-    # Under FSDP2 Sophia-H takes differences of gradients, for which parameters in bf16 are too coarse.
+    # Sophia-H takes differences of gradients, for which parameters in bf16 are too coarse.
     gathered = torch.float32 if settings.optimizer.optimizer == "sophia-h" else precision
     engine = spread(model, here, settings.machine.parallel, gathered=gathered)
     optimizers = Optimizers(settings.optimizer, engine, seed=settings.batch.seed)

@@ -77,11 +77,12 @@ def _lock(folder: Path) -> int | None:
     except ModuleNotFoundError:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"{folder} is being prepared by another process; wait for it, or name another --out") from None
-    except OSError:
-        pass  # a file system without locks
+    with suppress(OSError):  # raised by a file system without locks
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"{folder} is being prepared by another process; wait for it, or name another --out"
+            ) from None
     return descriptor
