@@ -6,6 +6,7 @@ smaller by the square root of how many of them there are, so that the stream's v
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,11 @@ from sophia.cache import KeyValueCache
 INITIAL_STD = 0.02
 PADDING_MULTIPLE = 128
 """GPUs multiply matrices faster when the vocabulary is a multiple of this: 50257 becomes 50304."""
+
+Readout = Callable[[Tensor, Tensor, int], Tensor]
+"""Called inside the forward pass, where FSDP2 has the head's weight gathered and DDP sees what comes of it, as
+``readout(hidden, weight, vocab_size)``: hidden states [batch, time, width], weight [rows, width] with at least
+vocab_size rows (those beyond are padding, of probability zero) -> a scalar."""
 
 
 def padded_vocabulary(vocab_size: int, multiple: int = PADDING_MULTIPLE) -> int:
@@ -232,14 +238,23 @@ class GPT(nn.Module):
                 real.normal_(std=INITIAL_STD / math.sqrt(writers), generator=generator)
                 _assign(parameter, drawn)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, readout: Readout | None = None) -> Tensor:
         """Score the next token at every position: ids [batch, time] -> logits [batch, time, vocabulary with padding].
+
+        Args:
+            tokens: Ids.
+            readout: What to make of the hidden states in place of logits, which then never exist as a whole; its
+                result is returned.
 
         Raises:
             ValueError: ``tokens`` is longer than the context.
         """
-        logits: Tensor = self.head(self.hidden(tokens))
-        return logits
+        hidden = self.hidden(tokens)
+        if readout is None:
+            logits: Tensor = self.head(hidden)
+            return logits
+        read: Tensor = _read_out(readout, hidden, self.head.weight, self.config.vocab_size)
+        return read
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the head reads: ids [batch, time] -> [batch, time, width].
@@ -278,6 +293,12 @@ class GPT(nn.Module):
         """How many numbers there are to train; the tied matrix counts once, padding is left out."""
         padding = (self.config.head_rows - self.config.vocab_size) * self.config.width
         return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _read_out(readout: Readout, hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
+    """Call a readout outside compiled graphs: a new one comes with every micro-batch, and must not mean a new graph."""
+    return readout(hidden, weight, vocab_size)
 
 
 def _assign(parameter: Tensor, full: Tensor) -> None:
