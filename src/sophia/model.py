@@ -253,8 +253,7 @@ class GPT(nn.Module):
         if readout is None:
             logits: Tensor = self.head(hidden)
             return logits
-        read: Tensor = _read_out(readout, hidden, self.head.weight, self.config.vocab_size)
-        return read
+        return _read_out(readout, hidden, self.head.weight, self.config.vocab_size)
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the head reads: ids [batch, time] -> [batch, time, width].
@@ -295,10 +294,12 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _read_out(readout: Readout, hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """Call a readout outside compiled graphs: a new one comes with every micro-batch, and must not mean a new graph."""
+def _call(readout: Readout, hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
     return readout(hidden, weight, vocab_size)
+
+
+# Outside compiled graphs: a new readout comes with every micro-batch, and must not mean a new graph.
+_read_out: Callable[[Readout, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_call)
 
 
 def _assign(parameter: Tensor, full: Tensor) -> None:
