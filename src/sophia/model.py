@@ -299,7 +299,7 @@ def _call(readout: Readout, hidden: Tensor, weight: Tensor, vocab_size: int) -> 
 
 
 # Outside compiled graphs: a new readout comes with every micro-batch, and must not mean a new graph.
-_read_out: Callable[[Readout, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_call)
+_read_out: Callable[[Readout, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
 
 def _assign(parameter: Tensor, full: Tensor) -> None:
