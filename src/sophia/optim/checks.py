@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from sophia.optim import kernels
 from sophia.optim.clock import FIELDS
 from sophia.optim.replicas import GRADIENT_REDUCTIONS
+from sophia.optim.update import Path
 
 P = ParamSpec("P")
 
@@ -113,7 +115,8 @@ def check_group(group: dict[str, Any]) -> None:
     for name in PATHS:
         if group[name] is not None and not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be True, False or None")
-    resolve_foreach({**group, "params": []})
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach=True and fused=True ask for two paths at once: set one of them")
 
 
 def _at_least_zero(name: str, value: object) -> None:
@@ -137,9 +140,12 @@ def check_state_dict(loaded: dict[str, Any], groups: Sequence[dict[str, Any]]) -
         return  # torch says so
     for saved, group in zip(saved_groups, groups, strict=True):
         foreign = "clock" not in saved
-        check_group(
-            {name: value if foreign and name in PATHS else saved.get(name, value) for name, value in group.items()}
-        )
+        settings = {
+            name: value if name == "params" or (foreign and name in PATHS) else saved.get(name, value)
+            for name, value in group.items()
+        }
+        check_group(settings)
+        check_paths(settings)
         for index, p in zip(saved["params"], group["params"], strict=True):
             for name in ("exp_avg", "hessian"):
                 value = loaded["state"].get(index, {}).get(name)
@@ -193,25 +199,34 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {index} of shape {tuple(p.shape)} is {p.dtype}, which has no gradient")
 
 
-def resolve_foreach(group: dict[str, Any]) -> bool:
-    """Which path a group's step takes: whole tensors in few launches (True), or cache-sized slices (False).
+def check_paths(group: dict[str, Any]) -> None:
+    """Check that a path that was asked for can run where the parameters are."""
+    if group["fused"] or group["capturable"]:
+        for device_type in {p.device.type for p in group["params"]}:
+            resolve_path(group, device_type)
+
+
+def resolve_path(group: dict[str, Any], device_type: str) -> Path:
+    """Which path a group's step takes for its parameters on such a device.
 
     Raises:
-        RuntimeError: the path asked for cannot run.
+        RuntimeError: the path asked for cannot run there.
     """
-    if group["fused"]:
-        raise RuntimeError(
-            "fused=True is not available in this version: leave fused=None, which takes the fastest path there is"
-        )
     if group["capturable"]:
         raise RuntimeError(
             "capturable=True needs the fused CUDA path, which is not available in this version: leave it False, and "
             "keep optimizer.step() outside the CUDA graph"
         )
-    if group["foreach"] is None:
-        params = group["params"]
-        return len(params) > 0 and all(p.device.type == "cuda" for p in params)
-    return bool(group["foreach"])
+    if group["fused"]:
+        problem = kernels.problem(device_type)
+        if problem is not None:
+            raise RuntimeError(f"fused=True cannot run: {problem}")
+        return "fused"
+    if group["foreach"] is not None:
+        return "foreach" if group["foreach"] else "sliced"
+    if group["fused"] is None and kernels.problem(device_type) is None:
+        return "fused"
+    return "foreach" if device_type == "cuda" else "sliced"
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:

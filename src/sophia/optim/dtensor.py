@@ -54,3 +54,13 @@ def shards(param: Tensor) -> int:
         for dim, placement in enumerate(param.placements):
             count *= param.device_mesh.size(dim) if placement.is_shard() else 1
     return count
+
+
+def shard_index(param: Tensor) -> int:
+    """Which of the :func:`shards` this rank holds: the same number on ranks that hold the same part."""
+    index = 0
+    if is_dtensor(param):
+        for dim, placement in enumerate(param.placements):
+            if placement.is_shard():
+                index = index * param.device_mesh.size(dim) + param.device_mesh.get_local_rank(dim)
+    return index

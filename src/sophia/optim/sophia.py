@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia.optim import checks, refresh, state, stats, update
+from sophia.optim import checks, refresh, rounding, state, stats, update
 from sophia.optim.attach import Attachment
 from sophia.optim.clock import FIELDS, Clock
 from sophia.optim.curvature import Estimator, GaussNewtonBartlett, Hutchinson
-from sophia.optim.dtensor import local, localise
+from sophia.optim.dtensor import local, localise, shard_index
 from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
 
@@ -55,11 +55,13 @@ class Sophia(Optimizer):
         gradient_reduction: what the engine does to gradients in backward: "mean" (DDP, FSDP2), "sum" (FSDP2 after
             `set_gradient_divide_factor(1)`), or "none" where no engine is at work and curvature gradients are reduced
             here.
-        state_dtype: of `exp_avg` and `hessian`; None is fp32, and fp64 for fp64 parameters. It survives
-            `load_state_dict`.
+        state_dtype: of `exp_avg` and `hessian`; None is fp32, and fp64 for fp64 parameters. bfloat16 takes half the
+            memory and is rounded stochastically, so that small updates are not lost; the noise is a function of
+            (seed, t, parameter, element). It survives `load_state_dict`.
         maximize: ascend instead of descend; curvature is not flipped.
-        foreach: few launches over whole tensors (the default on CUDA) instead of cache-sized slices (elsewhere).
-        fused: one pass over memory; not available yet.
+        foreach: few launches over whole tensors instead of cache-sized slices.
+        fused: one pass over memory: on the CPU with numba, on CUDA with Triton. None (and foreach None) takes the
+            fastest path that is available for the device.
         capturable: CUDA graphs; not available yet.
 
     State of a parameter: `step` (updates it took part in), `exp_avg` (m) and `hessian` (h). A `hessian` of nothing but
@@ -239,7 +241,7 @@ class Sophia(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        foreach = [checks.resolve_foreach(group) for group in self.param_groups]
+        paths = [self._paths(group) for group in self.param_groups]
         checks.check_gradients(self._parameters())
         if self._attachment is not None:
             self._refresh_attached(self._attachment)
@@ -248,16 +250,16 @@ class Sophia(Optimizer):
                 self._create_state()
                 return loss
             raise RuntimeError(self._never_refreshed())
-        for group, whole in zip(self.param_groups, foreach, strict=True):
-            self._step_group(group, foreach=whole)
+        for group, path in zip(self.param_groups, paths, strict=True):
+            self._step_group(group, path)
         self._clock.tick()
         self._reach.warn(self._clock, self._named_parameters)
         return loss
 
-    def _step_group(self, group: dict[str, Any], *, foreach: bool) -> None:
+    def _step_group(self, group: dict[str, Any], paths: dict[torch.device, update.Path]) -> None:
         beta1, _ = group["betas"]
-        moving: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        holding: list[tuple[Tensor, Tensor]] = []
+        moving: dict[torch.device, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {}
+        holding: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
         steps: list[Tensor] = []
         for p in group["params"]:
             if p.grad is None and not p.requires_grad:
@@ -266,18 +268,26 @@ class Sophia(Optimizer):
             if p.grad is None:
                 continue
             grad, exp_avg = localise(p.grad, p), local(own["exp_avg"])
+            key = self._rounding_key(p, rounding.EXP_AVG)
             steps.append(own["step"])
             if p not in self._reach:
-                holding.append((grad, exp_avg))
+                holding.setdefault(p.device, []).append((grad, exp_avg, key))
             else:
-                moving.append((local(p), grad, exp_avg, local(own["hessian"])))
+                moving.setdefault(p.device, []).append((local(p), grad, exp_avg, local(own["hessian"]), key))
         if steps:
             torch._foreach_add_(steps, 1)
-        if holding:
-            grads, exp_avgs = (list(tensors) for tensors in zip(*holding, strict=True))
-            update.accumulate_momentum(grads, exp_avgs, beta1=beta1, maximize=group["maximize"], scratch=self._scratch)
-        if moving:
-            params, grads, exp_avgs, hessians = (list(tensors) for tensors in zip(*moving, strict=True))
+        for held in holding.values():
+            update.accumulate_momentum(
+                [grad for grad, _, _ in held],
+                [exp_avg for _, exp_avg, _ in held],
+                beta1=beta1,
+                maximize=group["maximize"],
+                scratch=self._scratch,
+                keys=[key for _, _, key in held],
+                step=self._clock.time,
+            )
+        for device, moved in moving.items():
+            params, grads, exp_avgs, hessians, keys = (list(column) for column in zip(*moved, strict=True))
             update.sophia(
                 params,
                 grads,
@@ -289,8 +299,10 @@ class Sophia(Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
-                foreach=foreach,
+                path=paths[device],
                 scratch=self._scratch,
+                keys=keys,
+                step=self._clock.time,
             )
 
     # ---- stats
@@ -328,6 +340,7 @@ class Sophia(Optimizer):
         try:
             checks.check_group(group)
             checks.check_parameters(group["params"])
+            checks.check_paths(group)
         except (ValueError, RuntimeError):
             del self.param_groups[-1]
             raise
@@ -363,6 +376,7 @@ class Sophia(Optimizer):
                 state.adopt_state(self.state[p], loaded["state"][index], p, self._dtype_of_state(p))
         steps = [int(one["step"]) for one in self.state.values() if "step" in one]
         state.adopt_settings(self.param_groups, own, steps=max(steps, default=0))
+        self._keys.clear()  # the seed may be another
         self._complete_state()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -407,6 +421,7 @@ class Sophia(Optimizer):
         self._attachment = None
         self._scratch = update.Scratch()
         self._reach = Reach()
+        self._keys: dict[Tensor, tuple[int, ...]] = {}
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         return state.complete(self.state[p], p, self._dtype_of_state(p))
@@ -434,6 +449,23 @@ class Sophia(Optimizer):
 
     def _dtype_of_state(self, p: Tensor) -> torch.dtype:
         return state.dtype_of_state(p, self._state_dtype)
+
+    def _rounding_key(self, p: Tensor, which: int) -> int:
+        """The key of a parameter's m or h for stochastic rounding."""
+        if self._dtype_of_state(p) != torch.bfloat16:
+            return 0
+        if p not in self._keys:
+            for number, q in enumerate(self._parameters()):
+                shard = shard_index(q)
+                self._keys[q] = tuple(
+                    rounding.tensor_key(self._clock.seed, number, state, shard)
+                    for state in (rounding.EXP_AVG, rounding.HESSIAN)
+                )
+        return self._keys[p][which]
+
+    def _paths(self, group: dict[str, Any]) -> dict[torch.device, update.Path]:
+        devices = {p.device for p in group["params"]}
+        return {device: checks.resolve_path(group, device.type) for device in devices}
 
     def _replicas(self) -> Replicas:
         return Replicas(self._process_group, self._gradient_reduction)
@@ -482,16 +514,26 @@ class Sophia(Optimizer):
             return False
         reached = {p: e for p, e in zip(params, estimates, strict=True) if e is not None}
         for group in self.param_groups:
-            pairs = []
+            paths = self._paths(group)
+            rows: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
             for p in group["params"]:
                 if p not in reached:
                     continue
                 hessian = local(self._state(p)["hessian"])
                 if p not in self._reach:
                     hessian.zero_()  # from the mark of unreached curvature to plain zeros
-                pairs.append((hessian, reached[p].to(hessian.device)))
-            hessians, parts = [h for h, _ in pairs], [e for _, e in pairs]
-            update.fold_curvature(hessians, parts, beta2=group["betas"][1], scratch=self._scratch)
+                row = (hessian, reached[p].to(hessian.device), self._rounding_key(p, rounding.HESSIAN))
+                rows.setdefault(p.device, []).append(row)
+            for device, folded in rows.items():
+                update.fold_curvature(
+                    [hessian for hessian, _, _ in folded],
+                    [estimate for _, estimate, _ in folded],
+                    beta2=group["betas"][1],
+                    path=paths[device],
+                    scratch=self._scratch,
+                    keys=[key for _, _, key in folded],
+                    step=self._clock.time,
+                )
         self._reach.update(reached)
         self._clock.accept()
         return True

@@ -4,10 +4,15 @@ One formula, several speeds. All functions change their tensors in place, take n
 fp32 (fp64 where parameters or state are fp64) whatever the storage dtype: ε = 1e-12 is zero in fp16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from sophia.optim import kernels, rounding
+
+Path: TypeAlias = Literal["sliced", "foreach", "fused"]
 
 # Elements of a slice on the CPU: its p, g, m, h and the scratch stay in the cache from one operation to the next.
 # Full-size temporaries instead cost at least twice as much (docs/decisions.md).
@@ -44,23 +49,58 @@ def sophia(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
-    foreach: bool = False,
+    path: Path = "sliced",
     scratch: Scratch | None = None,
+    clipped: Tensor | None = None,
+    keys: Sequence[int] | None = None,
+    step: int | Tensor = 0,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """One step of Sophia, in place (Algorithm 3, lines 6 and 11-13).
 
     m ← β1 m + (1 − β1) g;   θ ← θ − η λ θ;   θ ← θ − η · clip(m / max(γ h, ε), ±1)
 
     Args:
-        params, grads, exp_avgs, hessians: θ, g, m, h, lists of the same length; element i of each has one shape.
+        params, grads, exp_avgs, hessians: θ, g, m, h, lists of the same length; element i of each has one shape. All
+            on one device, for the fused path.
         lr: η, a number or a 0-D tensor on the parameters' device.
-        foreach: few launches over whole tensors instead of cache-sized slices.
+        path: "sliced", cache-sized slices; "foreach", few launches over whole tensors; "fused", one pass.
         scratch: buffers to reuse between calls.
+        clipped: 0-D int64 on the parameters' device, to which the number of clipped coordinates is added.
+        keys: `rounding.tensor_key` of every m, by which bfloat16 momentum is rounded; None rounds it to nearest.
+        step: t, for that rounding; a 0-D tensor on the device in CUDA graphs.
+        found_inf: 0-D; where it is not 0, nothing is changed.
+        grad_scale: 0-D, by which gradients are divided.
     """
-    update = _multi_tensor_sophia if foreach else _single_tensor_sophia
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
-    update(
+    if found_inf is not None and found_inf.device.type == "cpu":
+        if float(found_inf) != 0:
+            return
+        found_inf = None
+    if path == "fused" and params:
+        kernels.module(params[0].device.type).sophia_(
+            params,
+            grads,
+            exp_avgs,
+            hessians,
+            lr=lr,
+            beta1=beta1,
+            gamma=gamma,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            clipped=clipped,
+            keys=keys,
+            step=step,
+            found_inf=found_inf,
+            grad_scale=grad_scale,
+        )
+        return
+    if found_inf is not None:
+        lr = (found_inf == 0).to(torch.float64) * lr
+    (_multi_tensor_sophia if path == "foreach" else _single_tensor_sophia)(
         params,
         grads,
         exp_avgs,
@@ -70,9 +110,55 @@ def sophia(
         gamma=gamma,
         eps=eps,
         weight_decay=weight_decay,
-        maximize=maximize,
         scratch=scratch or Scratch(),
+        clipped=clipped,
+        edge=Edge(maximize=maximize, keys=keys, step=step, found_inf=found_inf, grad_scale=grad_scale),
     )
+
+
+class Edge:
+    """Between what is stored and what the rule computes with: the gradient's sign and scale, the state's rounding."""
+
+    def __init__(
+        self,
+        *,
+        maximize: bool = False,
+        keys: Sequence[int] | None = None,
+        step: int | Tensor = 0,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        self._sign = -1 if maximize else 1
+        self._keys = keys
+        self._step = step
+        self._found_inf = found_inf
+        self._grad_scale = grad_scale
+
+    def gradient(self, grad: Tensor, m: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+        """g: the stored gradient unscaled, its sign turned to ascend; m, which m goes nowhere to, if one overflowed."""
+        g = _read("work", grad, dtype, scratch)
+        if self._grad_scale is not None:
+            g = torch.div(g, self._grad_scale, out=scratch.like("work", grad, dtype))
+        if self._sign < 0:
+            g = torch.neg(g, out=scratch.like("work", grad, dtype))
+        return g if self._found_inf is None else torch.where(self._found_inf != 0, m, g)
+
+    def gradients(self, grads: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+        """:meth:`gradient` of a whole list."""
+        if self._grad_scale is not None:
+            grads = list(torch._foreach_div(grads, self._grad_scale))
+        if self._sign < 0:
+            grads = list(torch._foreach_neg(grads))
+        if self._found_inf is not None:
+            grads = [torch.where(self._found_inf != 0, m, g) for m, g in zip(momenta, grads, strict=True)]
+        return grads
+
+    def write_state(self, index: int, stored: Tensor, value: Tensor, origin: int) -> None:
+        """Store m or h of tensor `index`, which begins at `origin` of its storage: bfloat16 by stochastic rounding."""
+        if stored.dtype == torch.bfloat16 and self._keys is not None:
+            rounding.write_(stored, value, rounding.step_key(self._keys[index], self._step), origin=origin)
+        else:
+            write(stored, value)
 
 
 def _single_tensor_sophia(
@@ -86,29 +172,28 @@ def _single_tensor_sophia(
     gamma: float,
     eps: float,
     weight_decay: float,
-    maximize: bool,
     scratch: Scratch,
+    clipped: Tensor | None,
+    edge: Edge,
 ) -> None:
-    for tensors in zip(params, grads, exp_avgs, hessians, strict=True):
-        dtype = compute_dtype(*tensors)
+    for index, tensors in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
+        dtype, origin = compute_dtype(*tensors), int(exp_avgs[index].storage_offset())
         for param, grad, exp_avg, hessian in slices(*tensors):
             theta = _read("param", param, dtype, scratch)
             m = _read("exp_avg", exp_avg, dtype, scratch)
-            g = _read("work", grad, dtype, scratch)
-            work = scratch.like("work", param, dtype)
-            if maximize:
-                g = torch.neg(g, out=work)
+            m.lerp_(edge.gradient(grad, m, dtype, scratch), 1 - beta1)
 
-            m.lerp_(g, 1 - beta1)
             h = _read("hessian", hessian, dtype, scratch)
-            update = torch.mul(h, gamma, out=work).clamp_min_(eps)
+            update = torch.mul(h, gamma, out=scratch.like("work", param, dtype)).clamp_min_(eps)
+            if clipped is not None:
+                clipped += (m.abs() > update).sum()
             torch.div(m, update, out=update).clamp_(-1, 1)
             if weight_decay != 0:
                 theta.mul_(1 - lr * weight_decay)
             _subtract(theta, update, lr)
 
-            _write(param, theta)
-            _write(exp_avg, m)
+            write(param, theta)
+            edge.write_state(index, exp_avg, m, origin)
 
 
 def _multi_tensor_sophia(
@@ -122,19 +207,23 @@ def _multi_tensor_sophia(
     gamma: float,
     eps: float,
     weight_decay: float,
-    maximize: bool,
     scratch: Scratch,
+    clipped: Tensor | None,
+    edge: Edge,
 ) -> None:
-    del scratch  # `_foreach_` operations have no out= form: their temporaries are bounded by the bucket instead
-    for bucket in _buckets(params, grads, exp_avgs, hessians):
+    # `_foreach_` operations have no out= form: their temporaries are bounded by the bucket.
+    for indices in _buckets(params, grads, exp_avgs, hessians):
+        bucket = [(params[i], grads[i], exp_avgs[i], hessians[i]) for i in indices]
         dtype = compute_dtype(*(t for tensors in bucket for t in tensors))
         theta, g, m, h = ([t.to(dtype) for t in tensors] for tensors in zip(*bucket, strict=True))
-        if maximize:
-            g = list(torch._foreach_neg(g))
+        g = edge.gradients(g, m)
 
         torch._foreach_lerp_(m, g, 1 - beta1)
         update = torch._foreach_mul(h, gamma)
         torch._foreach_clamp_min_(update, eps)
+        if clipped is not None:
+            for own_m, bound in zip(m, update, strict=True):
+                clipped += (own_m.abs() > bound).sum()
         update = torch._foreach_div(m, update)
         torch._foreach_clamp_min_(update, -1)
         torch._foreach_clamp_max_(update, 1)
@@ -146,34 +235,69 @@ def _multi_tensor_sophia(
         else:
             torch._foreach_add_(theta, update, alpha=-lr)
 
-        for (param, _, exp_avg, _), new_param, new_exp_avg in zip(bucket, theta, m, strict=True):
-            _write(param, new_param)
-            _write(exp_avg, new_exp_avg)
+        for index, new_param, new_exp_avg in zip(indices, theta, m, strict=True):
+            write(params[index], new_param)
+            edge.write_state(index, exp_avgs[index], new_exp_avg, int(exp_avgs[index].storage_offset()))
 
 
 def accumulate_momentum(
-    grads: list[Tensor], exp_avgs: list[Tensor], *, beta1: float, maximize: bool, scratch: Scratch
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    *,
+    beta1: float,
+    maximize: bool,
+    scratch: Scratch,
+    keys: Sequence[int] | None = None,
+    step: int | Tensor = 0,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """m ← β1 m + (1 − β1) g for parameters that hold still because their curvature is not known yet."""
-    for tensors in zip(exp_avgs, grads, strict=True):
-        dtype = compute_dtype(*tensors)
+    """m ← β1 m + (1 − β1) g for parameters that hold still because their curvature is not known yet.
+
+    The arguments are those of :func:`sophia`.
+    """
+    edge = Edge(maximize=maximize, keys=keys, step=step, found_inf=found_inf, grad_scale=grad_scale)
+    for index, tensors in enumerate(zip(exp_avgs, grads, strict=True)):
+        dtype, origin = compute_dtype(*tensors), int(exp_avgs[index].storage_offset())
         for exp_avg, grad in slices(*tensors):
             m = _read("exp_avg", exp_avg, dtype, scratch)
-            g = _read("work", grad, dtype, scratch)
-            if maximize:
-                g = torch.neg(g, out=scratch.like("work", grad, dtype))
-            m.lerp_(g, 1 - beta1)
-            _write(exp_avg, m)
+            m.lerp_(edge.gradient(grad, m, dtype, scratch), 1 - beta1)
+            edge.write_state(index, exp_avg, m, origin)
 
 
-def fold_curvature(hessians: list[Tensor], estimates: list[Tensor], *, beta2: float, scratch: Scratch) -> None:
-    """h ← β2 h + (1 − β2) ĥ, in place (Algorithm 3, line 9)."""
-    for tensors in zip(hessians, estimates, strict=True):
-        dtype = compute_dtype(*tensors)
+def fold_curvature(
+    hessians: list[Tensor],
+    estimates: list[Tensor],
+    *,
+    beta2: float,
+    scale: float = 1.0,
+    path: Path = "sliced",
+    scratch: Scratch,
+    keys: Sequence[int] | None = None,
+    step: int | Tensor = 0,
+) -> None:
+    """h ← β2 h + (1 − β2) · scale · ĥ, in place (Algorithm 3, line 9).
+
+    Args:
+        hessians, estimates: h and ĥ, lists of the same length; all on one device, for the fused path.
+        scale: 1 / N, where the estimates are sums.
+        keys: `rounding.tensor_key` of every h; see :func:`sophia`, as for the others.
+    """
+    if path == "fused" and hessians:
+        kernels.module(hessians[0].device.type).fold_(
+            hessians, estimates, beta2=beta2, scale=scale, keys=keys, step=step
+        )
+        return
+    edge = Edge(keys=keys, step=step)
+    for index, tensors in enumerate(zip(hessians, estimates, strict=True)):
+        dtype, origin = compute_dtype(*tensors), int(hessians[index].storage_offset())
         for hessian, estimate in slices(*tensors):
             h = _read("hessian", hessian, dtype, scratch)
-            h.lerp_(_read("work", estimate, dtype, scratch), 1 - beta2)
-            _write(hessian, h)
+            new = _read("work", estimate, dtype, scratch)
+            if scale != 1:
+                new = torch.mul(new, scale, out=scratch.like("work", estimate, dtype))
+            h.lerp_(new, 1 - beta2)
+            edge.write_state(index, hessian, h, origin)
 
 
 def statistics(exp_avg: Tensor, hessian: Tensor, *, gamma: float, eps: float, scratch: Scratch) -> Tensor:
@@ -238,7 +362,8 @@ def _read(name: str, tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Te
     return tensor if tensor.dtype == dtype else scratch.like(name, tensor, dtype).copy_(tensor)
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Store what was computed, unless it was computed in place."""
     if value is not tensor:
         tensor.copy_(value)
 
@@ -250,19 +375,20 @@ def _subtract(theta: Tensor, update: Tensor, lr: float | Tensor) -> None:
         theta.add_(update, alpha=-lr)
 
 
-def _buckets(*lists: list[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Rows of the lists with equal devices and dtypes, at most BUCKET elements together (or one larger tensor)."""
-    groups: dict[tuple[object, ...], list[tuple[Tensor, ...]]] = {}
-    for row in zip(*lists, strict=True):
+def _buckets(*lists: list[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors with equal devices and dtypes, at most BUCKET elements together (or one larger tensor)."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, row in enumerate(zip(*lists, strict=True)):
         if row[0].numel() > 0:
-            groups.setdefault((row[0].device, *(t.dtype for t in row)), []).append(row)
-    for rows in groups.values():
-        bucket: list[tuple[Tensor, ...]] = []
+            groups.setdefault((row[0].device, *(t.dtype for t in row)), []).append(index)
+    for indices in groups.values():
+        bucket: list[int] = []
         size = 0
-        for row in rows:
-            if bucket and size + row[0].numel() > BUCKET:
+        for index in indices:
+            numel = lists[0][index].numel()
+            if bucket and size + numel > BUCKET:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append(row)
-            size += row[0].numel()
+            bucket.append(index)
+            size += numel
         yield bucket
