@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sophia.data.loader import ValidationWindows
 from sophia.data.shards import Split
 from sophia.distributed import World
+from sophia.loss import CrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def evaluate(
     """Mean loss over fixed windows, each on one rank; all ranks call it.
 
     Args:
-        model: Gives logits for ids; also a DDP or FSDP2 module.
+        model: A :class:`sophia.model.GPT`; also as a DDP or FSDP2 module.
         windows: What to predict.
         split: Where the windows are from.
         batch: Windows in one forward pass.
@@ -67,11 +67,10 @@ def evaluate(
             chosen = own[start : start + batch]
             inputs, targets = (part.to(here.device) for part in windows.batch(chosen or range(1)))
             with autocast():
-                logits = model(inputs)  # [batch, context, vocab]
-                losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                summed = model(inputs, CrossEntropy(targets))
             if chosen:
-                total += losses.sum(dtype=torch.float64).item()
-                count += losses.numel()
+                total += summed.item()
+                count += targets.numel()
     finally:
         model.train(was_training)
     total, tokens = here.sum(total, float(count))
