@@ -1,0 +1,158 @@
+"""Cross-entropy of hidden states, chunk by chunk: the logits of all predictions never exist at the same time.
+
+The plain loss keeps four numbers for each prediction and row of the head: the logit, its log-softmax, and the gradients
+of both. For 8 x 1024 predictions of a vocabulary of 50304 that is 6 GiB, more than the rest of GPT-2 small takes.
+Here a chunk's logits become probabilities and then their own gradient, all in one buffer, from which the two gradients
+of the head's product follow at once: the hidden states' and the weight's, for an incoming gradient of 1, by which the
+backward pass has only to multiply. The arithmetic is that of the plain loss, three products as large as the head's.
+
+Why not `torch.nn.functional.linear_cross_entropy` with its options for chunks, which does the same: under autocast it
+adds up the chunks' weight gradients in bf16, on the CPU it then multiplies in fp32, and its default chunks are three
+times slower there than those chosen here (docs/performance.md has the figures).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""A target that does not count."""
+
+# Predictions in a chunk. Each chunk reads and writes the weight's gradient once, so a few hundred are needed to keep
+# the processor multiplying; with 512 the logits take less room than that gradient where the model is wider than 512.
+_CPU_ROWS = 512
+# GPUs multiply so fast that the same wants more of them; 2^27 logits are 512 MiB in fp32.
+_GPU_ENTRIES = 1 << 27
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    """A readout of :class:`sophia.model.GPT`: the summed loss of next-token predictions.
+
+    Example:
+        >>> loss = model(inputs, CrossEntropy(targets)) / targets.numel()
+        >>> loss.backward()
+    """
+
+    targets: Tensor
+    """The true ids, [batch, time]; -100 where a prediction does not count."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
+        """Sum the loss: hidden [batch, time, width], weight [rows, width] -> scalar, in fp32 at least."""
+        return summed_cross_entropy(hidden.flatten(0, -2), weight, self.targets.flatten(), vocab_size)
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The sum of the cross-entropies of ``hidden @ weight[:vocab_size].T``.
+
+    Under autocast the products are in its dtype, all else in fp32. It can be differentiated once.
+
+    Args:
+        hidden: [predictions, width].
+        weight: [rows, width] with at least vocab_size rows; those beyond have probability and gradient zero.
+        targets: The true ids, [predictions]; -100 where a prediction does not count.
+        vocab_size: Number of ids.
+
+    Returns:
+        A scalar in nats, in fp32 (fp64 for hidden states in fp64).
+    """
+    dtype = _product_dtype(hidden)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        total: Tensor = _Summed.apply(hidden, weight, targets, vocab_size, dtype)  # type: ignore[no-untyped-call]
+        return total
+    with torch.no_grad():
+        return _pass(hidden, weight, targets, vocab_size, dtype, wants=(False, False))[0]
+
+
+def chunk_rows(rows: int, device: str) -> int:
+    """Predictions whose logits exist at the same time, for a head with so many rows."""
+    return _CPU_ROWS if device == "cpu" else max(_CPU_ROWS, 1 << (_GPU_ENTRIES // rows).bit_length() - 1)
+
+
+class _Summed(torch.autograd.Function):
+    """The loss with its gradients, which are computed on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        total, *gradients = _pass(hidden, weight, targets, vocab_size, dtype, wants=ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: torch raises, should a second backward pass ask for them again.
+        scaled = [None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+def _pass(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, *, wants: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All chunks: the summed loss, and its gradients to hidden states and weight, where they are wanted."""
+    full = torch.promote_types(hidden.dtype, torch.float32)
+    low = weight.to(dtype)  # [rows, width]
+    losses = torch.empty(targets.shape, dtype=full, device=hidden.device)
+    to_hidden = torch.empty_like(hidden) if wants[0] else None
+    to_weight = torch.zeros(weight.shape, dtype=full, device=weight.device) if wants[1] else None
+    size = chunk_rows(len(weight), hidden.device.type)
+    buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=full, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            read = hidden[part].to(dtype)  # [chunk, width]
+            logits = _product(read, low.t(), buffer[: len(read)])
+            logits[:, vocab_size:] = -torch.inf
+            losses[part] = _loss_and_gradient_(logits, targets[part], differentiate=any(wants))
+            gradient = logits.to(dtype)
+            if to_hidden is not None:
+                to_hidden[part] = gradient @ low
+            if to_weight is not None:
+                _add_product_(to_weight, gradient.t(), read)
+    return losses.sum(), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
+
+
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, *, differentiate: bool) -> Tensor:
+    """The loss of each row, [chunk]; leaves the loss's gradient in the place of its logits, [chunk, rows]."""
+    counts = targets != IGNORED
+    index = torch.where(counts, targets, 0)[:, None]
+    largest = logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, index).sub_(largest)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(1, keepdim=True)
+    losses = (total.log() - chosen).squeeze(1).masked_fill_(~counts, 0)
+    if differentiate:
+        ones = counts[:, None].to(logits.dtype)
+        logits.mul_(ones / total).scatter_add_(1, index, -ones)
+    return losses
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left @ right``, written into ``out``, whose dtype may be a higher one."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cuda":  # where the product's own sums, in fp32, are to be had
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left @ right)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, added up in the dtype of ``total``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda":
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(left @ right)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer computes in, here and now."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
