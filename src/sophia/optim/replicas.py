@@ -66,7 +66,8 @@ class Replicas:
         if self.size > 1 and self.reduction == "none":
             return self._reduce(grads, params)
         factor = self.size if self.reduction == "mean" else 1
-        return [None if g is None else _owned(localise(g, p)).mul_(factor) for g, p in zip(grads, params, strict=True)]
+        totals = [None if g is None else _owned(localise(g, p)) for g, p in zip(grads, params, strict=True)]
+        return totals if factor == 1 else [None if t is None else t.mul_(factor) for t in totals]
 
     def check_reduced(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Raise on all ranks when no engine has reduced the gradients.

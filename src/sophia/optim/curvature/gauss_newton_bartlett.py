@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sophia.optim.curvature.deferred import deferred_logits
 from sophia.optim.curvature.estimator import Forward, Refresh, without_autocast
-from sophia.optim.curvature.likelihood import LIKELIHOODS, NOISES, output_noise
+from sophia.optim.curvature.likelihood import LIKELIHOODS, NOISES
+from sophia.optim.curvature.outputs import Outputs, read_outputs
 from sophia.optim.gradients import isolated_gradients
 from sophia.optim.noise import row_keys, stream_key
 
@@ -55,7 +57,9 @@ class GaussNewtonBartlett:
 
         Args:
             forwards: each returns the logits of one micro-batch, [..., vocab], or an object that holds them as
-                `.logits`, or (logits, mask) with a bool mask of shape logits.shape[:-1], true where one counts.
+                `.logits`, or the scalar that `sophia.curvature.deferred_logits` makes of them, or (one of these, mask)
+                with a bool mask of shape logits.shape[:-1], true where one counts. A mask on the host is read without
+                waiting for the device.
             params: the parameters, in the order of the result.
             refresh: seed, step, rows and replicas.
 
@@ -71,12 +75,18 @@ class GaussNewtonBartlett:
                     continue
                 known = squares[index]
                 squares[index] = gradient.square_() if known is None else known.addcmul_(gradient, gradient)
+            # Not beside those of the next chunk: at its peak a refresh holds one set of gradients and the squares.
+            del gradients, gradient
         return [None if square is None else square.div_(total) for square in squares]
 
     def chunk_gradients(
         self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh
     ) -> Iterator[tuple[list[Tensor | None], int]]:
-        """(s_c, its count of predictions) chunk by chunk: what other curvature than a diagonal can be made of too."""
+        """(s_c, its count of predictions) chunk by chunk: what other curvature than a diagonal can be made of too.
+
+        The tensors are the caller's own. Whoever drops them before asking for the next chunk has one set at a time.
+        """
+        deferred_logits.keep_from_compiler()
         total = first_row = 0
         for index, forward in enumerate(forwards):
             rows = 0
@@ -84,9 +94,10 @@ class GaussNewtonBartlett:
                 outputs, error = None, None
                 try:
                     with refresh.forward_pass(index, params):
-                        outputs = self._read(forward())
-                        rows = outputs.rows
-                        numbers = _row_numbers(refresh, first_row, outputs, last=index == len(forwards) - 1)
+                        outputs = read_outputs(forward(), self)
+                    rows = outputs.rows
+                    numbers = _row_numbers(refresh, first_row, rows, last=index == len(forwards) - 1)
+                    if self.chunks > 1:
                         outputs.keep_rows(numbers % self.chunks == chunk)
                 except Exception as problem:  # whatever it is, the other ranks must hear of it
                     error = problem
@@ -96,11 +107,13 @@ class GaussNewtonBartlett:
                 if count == 0:  # on all ranks: there is nothing to go backward from
                     continue
                 assert outputs is not None
-                gradients = self._backward(outputs, numbers, params, refresh)
+                gradients = self._backward(outputs, counted, numbers, params, refresh)
+                del outputs
                 if total == 0:
                     refresh.replicas.check_reduced(gradients, params)
                 total += count
                 yield gradients, count
+                del gradients
             first_row += rows
         if total == 0:
             raise ValueError(
@@ -109,129 +122,25 @@ class GaussNewtonBartlett:
             )
 
     def _backward(
-        self, outputs: "_Outputs", numbers: Tensor, params: Sequence[Tensor], refresh: Refresh
+        self, outputs: Outputs, counted: int, numbers: Tensor, params: Sequence[Tensor], refresh: Refresh
     ) -> list[Tensor | None]:
         # Rows numbered by the caller are global: their noise must not depend on which rank holds them.
         rank = refresh.replicas.rank if refresh.rows is None else 0
         keys = row_keys(stream_key(refresh.seed, refresh.step, rank), numbers)
-        with torch.no_grad(), without_autocast(outputs.logits.device):
-            vector = output_noise(
-                outputs.flat,
-                outputs.mask,
-                keys,
-                likelihood=self.likelihood,
-                kind=self.noise,
-                vocab_size=self.vocab_size,
-            ).view_as(outputs.logits)
-            if refresh.scale != 1:
-                vector.mul_(refresh.scale)
-        with isolated_gradients(params, outputs.logits), without_autocast(outputs.logits.device):
-            # `.backward()`, not `autograd.grad`: the hooks of DDP and FSDP2 must run.
-            torch.autograd.backward(outputs.logits, vector)
+        with isolated_gradients(params, outputs.anchor), without_autocast(outputs.anchor.device):
+            outputs.backward(self, keys, counted, refresh.scale)
             totals = refresh.replicas.sum_gradients([p.grad for p in params], params)
-        return [None if s is None else s.div_(refresh.scale) for s in totals]
-
-    def _read(self, output: Any) -> "_Outputs":
-        logits, mask = output if isinstance(output, tuple) and _is_mask_pair(output) else (output, None)
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"forward() returned {type(output).__name__}{_shapes(output)}, not logits: return a tensor of logits, "
-                "an object that holds them as .logits, or (logits, mask) with a bool mask"
-            )
-        if logits.dim() == 0:
-            raise ValueError(
-                "forward() returned a scalar, but Gauss-Newton-Bartlett needs the model's logits: return "
-                "model(inputs), not the loss (SophiaH is the one that takes the loss)"
-            )
-        if not logits.is_floating_point():
-            raise ValueError(f"forward() returned {logits.dtype} values, not logits")
-        if not logits.requires_grad:
-            raise ValueError(
-                f"the logits of shape {tuple(logits.shape)} that forward() returned carry no gradient: compute them "
-                "with the trainable model, without torch.no_grad(), inference_mode() or detach()"
-            )
-        if self.likelihood == "categorical":
-            self._check_classes(logits)
-        return _Outputs(
-            logits, _checked_mask(mask, logits, elementwise=self.likelihood != "categorical"), self.likelihood
-        )
-
-    def _check_classes(self, logits: Tensor) -> None:
-        classes = logits.shape[-1]
-        if classes < 2:
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)} have one class, whose curvature is zero: for a binary label "
-                'use GaussNewtonBartlett(likelihood="bernoulli"), for a regression likelihood="gaussian"'
-            )
-        if self.vocab_size is not None and self.vocab_size > classes:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} is more than the {classes} classes of logits of shape "
-                f"{tuple(logits.shape)}: give the number of real entries of the padded vocabulary"
-            )
+        return totals if refresh.scale == 1 else [None if s is None else s.div_(refresh.scale) for s in totals]
 
 
-class _Outputs:
-    """One micro-batch's outputs with their mask, as [rows, positions(, vocab)]."""
-
-    def __init__(self, logits: Tensor, mask: Tensor, likelihood: str) -> None:
-        self.logits = logits
-        single = logits.dim() == 1 and likelihood == "categorical"
-        self.rows = 1 if single else logits.shape[0]
-        positions = mask.numel() // max(1, self.rows)
-        tail = (logits.shape[-1],) if likelihood == "categorical" else ()
-        self.flat = logits.detach().reshape(self.rows, positions, *tail)
-        self.mask = mask.reshape(self.rows, positions)
-
-    def keep_rows(self, kept: Tensor) -> None:
-        """Count predictions in these rows only. kept: bool [rows]."""
-        self.mask = self.mask & kept.unsqueeze(-1)
-
-    def counted(self) -> int:
-        """The number of predictions that count."""
-        return int(self.mask.sum())
-
-
-def _row_numbers(refresh: Refresh, first: int, outputs: _Outputs, *, last: bool) -> Tensor:
-    device = outputs.logits.device
+def _row_numbers(refresh: Refresh, first: int, rows: int, *, last: bool) -> Tensor:
+    """The numbers that the noise of these rows belongs to, on the host."""
     if refresh.rows is None:
-        return torch.arange(first, first + outputs.rows, device=device)
-    numbers = refresh.rows[first : first + outputs.rows]
-    if len(numbers) != outputs.rows or (last and first + outputs.rows != len(refresh.rows)):
+        return torch.arange(first, first + rows)
+    numbers = refresh.rows[first : first + rows]
+    if len(numbers) != rows or (last and first + rows != len(refresh.rows)):
         raise ValueError(
-            f"rows holds {len(refresh.rows)} indices, but the logits have {first + outputs.rows} rows"
+            f"rows holds {len(refresh.rows)} indices, but the logits have {first + rows} rows"
             f"{'' if last else ' or more'}: give one global index for each row of the batch, over all forwards"
         )
-    return numbers.to(device)
-
-
-def _is_mask_pair(output: tuple[Any, ...]) -> bool:
-    if hasattr(output, "logits"):  # a named tuple
-        return False
-    if len(output) == 2 and isinstance(output[1], Tensor) and output[1].dtype == torch.bool:
-        return True
-    described = ", ".join(f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in output)
-    raise ValueError(
-        f"forward() returned a tuple of ({described}): only (logits, mask) with a mask of dtype torch.bool is "
-        "understood; if the model returns (logits, loss), return its first element"
-    )
-
-
-def _checked_mask(mask: Tensor | None, logits: Tensor, *, elementwise: bool) -> Tensor:
-    """The mask on the logits' device, of shape logits.shape[:-1], or logits.shape where each output is a prediction."""
-    whole = logits.shape if elementwise else logits.shape[:-1]
-    if mask is None:
-        return torch.ones(whole, dtype=torch.bool, device=logits.device)
-    mask = mask.to(logits.device)
-    if elementwise and mask.shape == logits.shape[:-1]:
-        return mask.unsqueeze(-1).expand(whole)
-    if mask.shape != whole:
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, but for logits of shape {tuple(logits.shape)} it must be "
-            f"{tuple(whole)}: one bool a prediction"
-        )
-    return mask
-
-
-def _shapes(output: Any) -> str:
-    return f" of keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
+    return numbers.cpu()
