@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sophia import rank_errors
 from sophia.model import GPT
 
 T = TypeVar("T")
+
+_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +38,44 @@ class World:
     """Where this rank computes."""
     node_size: int = 1
     """Number of ranks on each node; of all ranks, where the launcher did not tell."""
+    hosts: dist.ProcessGroup | None = None
+    """Over which the ranks' hosts talk without their GPUs; None where there are none."""
 
     @property
     def main(self) -> bool:
         """Whether this is the rank that writes and talks."""
         return self.rank == 0
 
+    @property
+    def exact(self) -> torch.dtype:
+        """The most exact floating-point numbers that the device has."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum(self, *numbers: float) -> list[float]:
         """Sums over all ranks, in float64 where the device has it."""
         if self.size == 1:
             return list(numbers)
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        totals = torch.tensor(numbers, dtype=dtype, device=self.device)
+        totals = torch.tensor(numbers, dtype=self.exact, device=self.device)
         dist.all_reduce(totals)
         return totals.tolist()
+
+    def exchange(self, number: Tensor, flag: bool) -> tuple[Tensor, bool]:
+        """The sum of a number over all ranks, and whether any of them raises a flag, without waiting for a GPU.
+
+        Args:
+            number: 0-D, on this rank's device. There it is added and there it stays.
+            flag: Goes from host to host.
+        """
+        if self.size == 1:
+            return number, flag
+        if self.hosts is None:  # one message holds both
+            both = torch.stack((number, number.new_tensor(float(flag))))
+            dist.all_reduce(both)
+            return both[0], bool(both[1] > 0)
+        dist.all_reduce(number)
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self.hosts)
+        return number, bool(flags > 0)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks."""
@@ -125,27 +152,32 @@ def world(device: str) -> Iterator[World]:
     assert place is not None
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if joined:
-        size = dist.get_world_size()
-        yield World(rank=dist.get_rank(), size=size, device=place, node_size=node_size or size)
+        yield _world_of(place, node_size)
         return
-    with _process_group(place) as (rank, size):
-        yield World(rank=rank, size=size, device=place, node_size=node_size or size)
+    with _process_group(place):
+        yield _world_of(place, node_size)
+
+
+def _world_of(place: torch.device, node_size: int) -> World:
+    """The ranks of torch's default process group."""
+    size = dist.get_world_size()
+    hosts = None if place.type == "cpu" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return World(rank=dist.get_rank(), size=size, device=place, node_size=node_size or size, hosts=hosts)
 
 
 @contextlib.contextmanager
-def _process_group(place: torch.device) -> Iterator[tuple[int, int]]:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _process_group(place: torch.device) -> Iterator[None]:
     on_gpu = place.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=PrefixStore("group", rank_errors.store()),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(minutes=10),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=_TIMEOUT,
         device_id=place if on_gpu else None,
     )
     try:
-        yield rank, size
+        yield
     except BaseException:
         # Ranks that wait for this one hear of its end as gloo's connections close. NCCL would wait for them here.
         if not on_gpu:
@@ -234,6 +266,15 @@ def synchronized(model: nn.Module, *, last: bool) -> AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
-def total_norm(norm: Tensor) -> float:
-    """A gradient norm as a number, whatever the engine made of it."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def clip_gradients(model: nn.Module, longest: float | None) -> Tensor:
+    """Scale the gradient, over the shards of all ranks, down to a norm; returns the norm before that, 0-D.
+
+    Nothing waits for the device. None leaves the gradient as it is.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # here already, or the factor would be reduced again
+    if longest is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), longest, norm)
+    return norm

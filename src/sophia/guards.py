@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Losses that make up the recent past; before half of them are there, nothing counts as a spike.
 _WINDOW = 64
 _LEAST_RISE = 0.1
@@ -37,6 +40,41 @@ class SpikeWatch:
     def state(self) -> list[float]:
         """The recent losses, for a checkpoint."""
         return list(self._recent)
+
+
+class Readings:
+    """Loss and gradient norm of the steps that no guard has looked at yet; they stay on the device until one does."""
+
+    def __init__(self, read: Sequence[Sequence[float]] = ()) -> None:
+        """Begin with what an earlier session left: pairs of loss and gradient norm, the oldest first."""
+        self._read: list[tuple[float, float]] = [(loss, norm) for loss, norm in read]
+        self._unread: list[Tensor] = []
+
+    def add(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Keep those of one more step, without waiting for them.
+
+        Args:
+            loss: Of the global batch, 0-D.
+            norm: Of its gradient, 0-D, on the same device.
+
+        Returns:
+            1.0 when one of them is not finite, else 0.0: 0-D, fp32, on that device.
+        """
+        pair = torch.stack((loss, norm.to(loss.dtype)))
+        self._unread.append(pair)
+        return pair.isfinite().all().logical_not().to(torch.float32)
+
+    def read(self) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each step, the oldest first; waits for the device, once for all of them."""
+        if self._unread:
+            self._read += [(loss, norm) for loss, norm in torch.stack(self._unread).tolist()]
+            self._unread = []
+        return self._read
+
+    def take(self) -> list[tuple[float, float]]:
+        """Read all, and forget them."""
+        taken, self._read = self.read(), []
+        return taken
 
 
 class Signals:

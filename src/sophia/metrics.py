@@ -22,6 +22,8 @@ from typing import Any
 from sophia.trackers import Tracker, open_trackers
 
 FILE = "metrics.jsonl"
+# What guards tell of a step, which they may look at long after it.
+GUARD_EVENTS = ("skipped", "spike")
 
 Record = Mapping[str, int | float | str | None]
 
@@ -30,7 +32,13 @@ class Metrics:
     """The record of a run in motion. Each line is on its way to the disk when ``write`` returns."""
 
     def __init__(
-        self, folder: Path, *, resume_step: int | None, track: Sequence[str] = (), enabled: bool = True
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None,
+        unseen: int = 0,
+        track: Sequence[str] = (),
+        enabled: bool = True,
     ) -> None:
         """Open the record.
 
@@ -38,6 +46,7 @@ class Metrics:
             folder: The run folder.
             resume_step: Updates done by the checkpoint from which the run goes on: lines of later steps are cut, and so
                 is a line that a kill left unfinished. None for a run that begins.
+            unseen: How many of its last steps no guard had looked at then: what guards told of them later is cut, too.
             track: Trackers that get the same numbers: "tensorboard", "wandb".
             enabled: Whether anything is written at all: one rank of many does.
 
@@ -51,7 +60,7 @@ class Metrics:
         if not enabled:
             return
         if resume_step is not None:
-            _cut(self.path, resume_step)
+            _cut(self.path, resume_step, unseen)
         elif self.path.exists() and self.path.stat().st_size:
             raise ValueError(f"{self.path} exists already: resume that run, or name another folder")
         self._file = io.FileIO(self.path, "a")  # unbuffered: a line is written by one call
@@ -154,11 +163,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any], str]]:
             yield line, record, kind
 
 
-def _cut(path: Path, step: int) -> None:
+def _cut(path: Path, step: int, unseen: int = 0) -> None:
     """Write the file anew, beside and then in its place, without lines of later steps or an unfinished one."""
     if not path.exists():
         return
-    kept = [line for line, record, _ in _lines(path) if record["step"] <= step]
+    last = dict.fromkeys(GUARD_EVENTS, step - unseen)
+    kept = [line for line, record, _ in _lines(path) if record["step"] <= last.get(record.get("event", ""), step)]
     if sum(map(len, kept)) == path.stat().st_size:
         return
     partial = path.with_suffix(path.suffix + ".partial")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,7 +72,7 @@ def free_memory() -> int | None:
         return None
 
 
-def run_within_memory(compute: Callable[[], float], session: "Session", note: Callable[[str], None]) -> float:
+def run_within_memory(compute: Callable[[], Tensor], session: "Session", note: Callable[[str], None]) -> Tensor:
     """Run one step's computation; with micro_batch auto, again with fewer sequences at a time when memory runs out.
 
     It may be run again because it is a function of the step alone and leaves nothing but gradients, which it drops

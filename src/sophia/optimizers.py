@@ -18,6 +18,9 @@ from sophia.optim.sophia import Sophia
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
+# Devices whose memory the host reads without waiting for anything.
+_READ_AT_ONCE = frozenset({"cpu"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureBatch:
@@ -45,6 +48,7 @@ class Optimizers:
         self.settings = settings
         self.parts = _build(settings, [(name, p) for name, p in model.named_parameters() if p.requires_grad], seed)
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        self._read_skips = any(map(_reads_skips, self.parts))
 
     def set_lr(self, factor: float) -> float:
         """Set every learning rate to ``factor`` times its peak; returns the first one's."""
@@ -58,10 +62,23 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            skip: 1.0 leaves out the update as if this call had not been, 0.0 does not; 0-D, fp32, where the parameters
+                are. A GPU decides by it without being waited for, except for an optimizer of torch's that cannot do
+                that: Muon, and AdamW where it is not fused.
+        """
+        if skip is not None and self._read_skips:
+            if skip.item():
+                return
+            skip = None
         for part in self.parts:
-            part.step()
+            if skip is None:
+                part.step()
+            else:
+                _step_unless(part, skip)
 
     @property
     def curvature_due(self) -> bool:
@@ -174,6 +191,22 @@ def _exception(text: str) -> tuple[str, float]:
     if not equals or not pattern or not 0.0 <= decay < float("inf"):
         raise ValueError(f"decay_by_name: {text!r} is not PATTERN=DECAY with a decay of at least 0, as 'tokens.*=0'")
     return pattern, decay
+
+
+def _reads_skips(part: torch.optim.Optimizer) -> bool:
+    """Whether a flag that leaves out an update must be read before: where it is in main memory already, or in vain."""
+    on_host = any(p.device.type in _READ_AT_ONCE for group in part.param_groups for p in group["params"])
+    fused = isinstance(part, torch.optim.AdamW) and all(group["fused"] for group in part.param_groups)
+    return on_host or not (fused or isinstance(part, (Lion, Sophia)))
+
+
+def _step_unless(part: torch.optim.Optimizer, skip: Tensor) -> None:
+    """A step that leaves itself out on the device. The attribute is the one that torch's GradScaler sets."""
+    part.found_inf = skip  # type: ignore[attr-defined]
+    try:
+        part.step()
+    finally:
+        del part.found_inf  # type: ignore[attr-defined]
 
 
 def _can_fuse(named: NamedParameters) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sophia.distributed import World, synchronized, total_norm
+from sophia.distributed import World, clip_gradients, synchronized
 from sophia.optim.noise import stream_key
 from sophia.optimizers import CurvatureBatch, Optimizers
 
@@ -68,8 +68,10 @@ class Stepper:
             mean_rows=wanted / (self.here.size * passes),
         )
 
-    def gradients(self, inputs: Tensor, targets: Tensor, *, index: int) -> float:
+    def gradients(self, inputs: Tensor, targets: Tensor, *, index: int) -> Tensor:
         """Leave the gradient of the global batch's mean loss in `.grad`; returns this rank's part of that mean.
+
+        Nothing waits for the device: the loss stays there, 0-D, in float64 where the device has it.
 
         Args:
             inputs: This rank's rows, [rows, context].
@@ -90,10 +92,8 @@ class Stepper:
                     loss = summed / targets.numel()  # engines average over the ranks, which hold as many rows each
                 torch.autograd.backward(loss)
             total += loss.detach()
-        return float(total) / self.here.size
+        return total.to(self.here.exact) / self.here.size
 
-    def clip(self) -> float:
-        """Scale the gradient down to the longest allowed; returns its norm before that."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = self.max_grad_norm or float("inf")
-        return total_norm(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    def clip(self) -> Tensor:
+        """Scale the gradient down to the longest allowed; returns its norm before that, 0-D, on the device."""
+        return clip_gradients(self.model, self.max_grad_norm or None)

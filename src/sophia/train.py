@@ -2,6 +2,11 @@
 
 A step is an update. `step` counts updates done; the batch that update number `step` learns from is number
 `step + skipped`, where `skipped` counts the batches left out by rollbacks. Nothing else decides the data.
+
+Between two looks the host waits for no GPU: losses and gradient norms stay there, and an update that is not finite
+leaves itself out. At a look (where something is logged, evaluated or regularly saved, and at the end) all of them are
+read at once, and the guards go through them step by step. What the guards do is therefore a function of the settings,
+not of where a run was stopped: a checkpoint in between takes along what was not looked at.
 """
 
 import contextlib
@@ -19,7 +24,7 @@ from sophia.checkpoint import Checkpoint, CheckpointWriter
 from sophia.data.loader import Prefetcher
 from sophia.display import Display
 from sophia.evaluate import Evaluation, evaluate
-from sophia.guards import Signals, SpikeWatch
+from sophia.guards import Readings, Signals, SpikeWatch
 from sophia.metrics import Metrics
 from sophia.micro_batch import run_within_memory
 from sophia.optim.dtensor import local
@@ -49,6 +54,8 @@ class Progress:
     """Seconds of training, over all resumes."""
     recent: list[float] = field(default_factory=list)
     """Losses of the recent past, by which a spike is told."""
+    unseen: list[tuple[float, float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, which no guard has looked at yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,7 @@ class Trainer:
         state = {} if session.resumed is None else session.resumed.state["progress"]
         self.progress = Progress(**state)
         self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
+        self.readings = Readings(self.progress.unseen)
         self.writer = CheckpointWriter(
             session.folder.checkpoints,
             keep_last=self.settings.checkpoints.keep_last,
@@ -107,14 +115,11 @@ class Trainer:
                 at_checkpoint = False
                 if done or self._stop:
                     break
-                inputs, targets = next(batches)
-                loss, norm = self._gradients(inputs, targets)
-                if self._spiked(loss) and (place := self._last_regular()) is not None:
+                lr = self._update(*next(batches))
+                if self._look_due() and (back := self._look(lr)) is not None:
                     batches.close()
-                    self._roll_back(place)
+                    self._roll_back(*back)
                     batches, at_checkpoint = self._prefetch(), True
-                    continue
-                self._update(loss, norm)
         except Exception:
             with contextlib.suppress(OSError):
                 self.writer.wait()  # the checkpoint on its way is worth more than a quick end
@@ -129,49 +134,69 @@ class Trainer:
             signal=(self.signals.received or signal.SIGTERM) if early else 0,  # perhaps only another rank's
         )
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-        """Curvature when due, then loss and gradient norm of the global batch; learns whether any rank was to stop."""
-        stepper, index = self.session.stepper, self.progress.step + self.progress.skipped
+    def _update(self, inputs: Tensor, targets: Tensor) -> float:
+        """Curvature when due, gradients, an update: all of it left to the device. Returns the learning rate.
 
-        def compute() -> float:
+        Also learns whether any rank was to stop.
+        """
+        stepper, progress = self.session.stepper, self.progress
+
+        def compute() -> Tensor:
             stepper.refresh(inputs, targets)
-            return stepper.gradients(inputs, targets, index=index)
+            return stepper.gradients(inputs, targets, index=progress.step + progress.skipped)
 
         own = run_within_memory(compute, self.session, self.note)
-        loss, stop = self.here.sum(own, float(bool(self.signals.received)))
-        self._stop = stop > 0
-        return loss, stepper.clip()
-
-    def _update(self, loss: float, norm: float) -> None:
-        progress = self.progress
+        loss, self._stop = self.here.exchange(own, bool(self.signals.received))
+        not_finite = self.readings.add(loss, stepper.clip())
         lr = self.session.optimizers.set_lr(factor(self.settings, progress.step))
-        good = math.isfinite(loss) and math.isfinite(norm)
-        if good:
-            self.session.optimizers.step()
-            progress.not_finite_in_row = 0
+        self.session.optimizers.step(skip=not_finite)
         progress.step += 1
-        if not good:
-            self._skip(loss, norm)
-        if progress.step % self.settings.logging.log_interval == 0 or progress.step in (1, self.steps):
-            self._log(loss, norm, lr)
+        return lr
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _log_due(self) -> bool:
+        step = self.progress.step
+        return step % self.settings.logging.log_interval == 0 or step in (1, self.steps)
+
+    def _look_due(self) -> bool:
+        """Whether anything is about to be told or kept that bad numbers would make worthless."""
+        step = self.progress.step
+        return self._log_due() or step % (self.settings.evaluation.eval_interval or 1) == 0 or step % self.interval == 0
+
+    def _look(self, lr: float) -> tuple[int, int] | None:
+        """Let the guards go through the steps since the last look, and log the last one.
+
+        Returns:
+            The step of a spike and that of the checkpoint to return to; None where training goes on.
+        """
+        readings = self.readings.take()
+        loss, norm = readings[-1]
+        for step, (loss, norm) in enumerate(readings, start=self.progress.step - len(readings) + 1):
+            if self._spiked(step, loss) and (place := self._last_regular()) is not None:
+                return step, place
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.progress.not_finite_in_row = 0
+            else:
+                self._skipped(step, loss, norm)
+        if self._log_due():
+            self._log(loss, norm, lr)
+        return None
+
+    def _skipped(self, step: int, loss: float, norm: float) -> None:
         progress = self.progress
         progress.not_finite += 1
         progress.not_finite_in_row += 1
-        self.metrics.write({"step": progress.step, "event": "skipped", "loss": loss, "grad_norm": norm})
-        self.note(f"step {progress.step}: loss {loss:g}, gradient norm {norm:g}: not finite, update left out")
+        self.metrics.write({"step": step, "event": "skipped", "loss": loss, "grad_norm": norm})
+        self.note(f"step {step}: loss {loss:g}, gradient norm {norm:g}: not finite, update left out")
         if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
             raise ValueError(
-                f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step "
-                f"{progress.step}; {self._last_checkpoint()}. {_USUALLY_HELPS}"
+                f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step {step}; "
+                f"{self._last_checkpoint()}. {_USUALLY_HELPS}"
             )
 
-    def _spiked(self, loss: float) -> bool:
+    def _spiked(self, step: int, loss: float) -> bool:
         """Note a spike; whether to roll back for it."""
         if not self.watch.is_spike(loss):
             return False
-        step = self.progress.step + 1
         self.metrics.write({"step": step, "event": "spike", "loss": loss})
         self.note(f"step {step}: the loss {loss:.3f} stands out of the recent ones: a spike")
         return self.settings.guards.on_spike == "rollback"
@@ -183,24 +208,26 @@ class Trainer:
             self.note("no checkpoint to return to yet: going on")
         return step
 
-    def _roll_back(self, step: int) -> None:
-        """Return to a checkpoint, and leave out the batches that it was followed by."""
+    def _roll_back(self, spike: int, step: int) -> None:
+        """Return from a spike to the checkpoint of a step, and leave out the batches that were used after it."""
         place = checkpoint.path_of(self.session.folder.checkpoints, step)
         loaded = self.here.everywhere(lambda: checkpoint.read(place))  # by all, before it is replaced
-        next_batch = self.progress.step + self.progress.skipped + 1
-        came_from, elapsed = self.progress.step + 1, self.elapsed
+        next_batch = self.progress.step + self.progress.skipped
+        came_from, elapsed = self.progress.step, self.elapsed
         restore(self.session, loaded)
         self.progress = Progress(**loaded.state["progress"])
         self.progress.elapsed = elapsed
         left_out = next_batch - step - self.progress.skipped
         self.progress.skipped += left_out
         self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
+        self.readings = Readings(self.progress.unseen)
         if len(self.progress.rollbacks) >= _MOST_ROLLBACKS:
             raise ValueError(
                 f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {step}; {self._last_checkpoint()}. "
                 f"{_USUALLY_HELPS}"
             )
-        event = {"step": step + 1, "event": "rollback", "from_step": came_from, "skipped_batches": left_out}
+        event = {"step": step + 1, "event": "rollback", "spike_step": spike, "from_step": came_from}
+        event["skipped_batches"] = left_out
         self.progress.rollbacks.append(event)
         self.metrics.cut(step)
         self._tell_rollbacks()
@@ -251,7 +278,8 @@ class Trainer:
 
     def _sound(self, done: bool) -> bool:
         """Whether the weights are worth keeping: a loss that is not finite may come of weights that are not."""
-        if not self.progress.not_finite_in_row:
+        unseen = self.readings.read()
+        if all(map(math.isfinite, unseen[-1])) if unseen else not self.progress.not_finite_in_row:
             return True
         bad = sum(int((~local(p.detach()).isfinite()).sum()) for p in self.session.model.parameters())
         (bad_anywhere,) = self.here.sum(float(bad))
@@ -260,10 +288,12 @@ class Trainer:
         return not bad_anywhere
 
     def _save(self) -> None:
+        unseen = [*self.readings.read()]
         weights, tensors, settings = snapshot.take(self.session.model, self.session.optimizers, self.here)
         if not self.here.main:
             return
         self.progress.elapsed, self.progress.recent = self.elapsed, self.watch.state()
+        self.progress.unseen = unseen
         state = {
             "progress": dict(vars(self.progress)),
             "optimizers": settings,

@@ -113,6 +113,7 @@ def _run(session: Session, console: Console, signals: Signals) -> Outcome:
         Metrics(
             session.folder.path,
             resume_step=None if session.resumed is None else first,
+            unseen=0 if session.resumed is None else len(session.resumed.state["progress"].get("unseen", ())),
             track=session.settings.logging.track,
             enabled=session.here.main,
         ) as metrics,

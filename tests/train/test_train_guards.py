@@ -36,7 +36,7 @@ def disturb(monkeypatch, changes):
 
 
 def nan_loss(stepper, loss):
-    return math.nan
+    return loss * math.nan
 
 
 def nan_gradient(stepper, loss):
@@ -48,7 +48,7 @@ def nan_weights(stepper, loss):
     """An update went wrong: from here on every loss is NaN."""
     with torch.no_grad():
         next(stepper.model.parameters()).fill_(math.nan)
-    return math.nan
+    return loss * math.nan
 
 
 def high(by):
@@ -157,7 +157,7 @@ def test_a_rollback_skips_the_batches_since_the_last_checkpoint(tmp_path, data, 
     assert seen == [*range(45), *range(45, 55)]  # updates 41 to 50 learn from the batches 45 to 54
     assert "back to the checkpoint of step 40; 5 batches left out" in capsys.readouterr().out
     assert events(tmp_path / "run", "rollback") == [
-        {"step": 41, "event": "rollback", "from_step": 45, "skipped_batches": 5}
+        {"step": 41, "event": "rollback", "spike_step": 45, "from_step": 45, "skipped_batches": 5}
     ]
     steps = [line["step"] for line in runs.metrics(tmp_path / "run") if "lr" in line]
     assert steps == list(range(1, 51))

@@ -23,6 +23,9 @@ class Lion(Optimizer):
 
     State of a parameter: `exp_avg` (m).
 
+    As with torch's fused optimizers, an attribute `found_inf`, a 0-D tensor, leaves everything as it is where it is 1.
+    The device decides that, and is not waited for.
+
     Raises:
         ValueError: a setting is out of its range.
     """
@@ -52,6 +55,7 @@ class Lion(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step from the gradients in `.grad`; ``closure`` computes them anew and returns the loss."""
         loss = None
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -65,9 +69,13 @@ class Lion(Optimizer):
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
             momenta = [self.state[p]["exp_avg"] for p in params]
             lr, (beta1, beta2) = group["lr"], group["betas"]
+            before = None if found_inf is None else [x.clone() for x in (*params, *momenta)]
             updates = torch._foreach_lerp(momenta, grads, 1 - beta1)
             torch._foreach_sign_(updates)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-lr)
             torch._foreach_lerp_(momenta, grads, 1 - beta2)
+            if before is not None and found_inf is not None:
+                for x, old in zip((*params, *momenta), before, strict=True):
+                    x.copy_(torch.where(found_inf == 0, x, old))
         return loss
