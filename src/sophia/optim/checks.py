@@ -224,7 +224,8 @@ def resolve_path(group: dict[str, Any], device_type: str) -> Path:
         return "fused"
     if group["foreach"] is not None:
         return "foreach" if group["foreach"] else "sliced"
-    if group["fused"] is None and kernels.problem(device_type) is None:
+    interpreted = device_type == "cpu" and kernels.interpreted()  # very slow: on demand only
+    if group["fused"] is None and not interpreted and kernels.problem(device_type) is None:
         return "fused"
     return "foreach" if device_type == "cuda" else "sliced"
 

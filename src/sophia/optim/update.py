@@ -5,12 +5,13 @@ fp32 (fp64 where parameters or state are fp64) whatever the storage dtype: ε = 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sophia.optim import kernels, rounding
+from sophia.optim.layout import flat_alike
 
 Path: TypeAlias = Literal["sliced", "foreach", "fused"]
 
@@ -26,6 +27,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.kept: dict[str, Any] = {}  # what the fused kernels of a device type keep from one step to the next
 
     def like(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous buffer of tensor's shape, valid until the next request of the same name."""
@@ -79,8 +81,9 @@ def sophia(
         if float(found_inf) != 0:
             return
         found_inf = None
+    scratch = scratch or Scratch()
     if path == "fused" and params:
-        kernels.module(params[0].device.type).sophia_(
+        left = kernels.module(params[0].device.type).sophia_(
             params,
             grads,
             exp_avgs,
@@ -91,13 +94,20 @@ def sophia(
             eps=eps,
             weight_decay=weight_decay,
             maximize=maximize,
+            kept=scratch.kept,
             clipped=clipped,
             keys=keys,
             step=step,
             found_inf=found_inf,
             grad_scale=grad_scale,
         )
-        return
+        if not left:
+            return
+        params, grads, exp_avgs, hessians = (
+            [column[index] for index in left] for column in (params, grads, exp_avgs, hessians)
+        )
+        keys = None if keys is None else [keys[index] for index in left]
+        path = "sliced" if params[0].device.type == "cpu" else "foreach"
     if found_inf is not None:
         lr = (found_inf == 0).to(torch.float64) * lr
     (_multi_tensor_sophia if path == "foreach" else _single_tensor_sophia)(
@@ -110,7 +120,7 @@ def sophia(
         gamma=gamma,
         eps=eps,
         weight_decay=weight_decay,
-        scratch=scratch or Scratch(),
+        scratch=scratch,
         clipped=clipped,
         edge=Edge(maximize=maximize, keys=keys, step=step, found_inf=found_inf, grad_scale=grad_scale),
     )
@@ -284,10 +294,13 @@ def fold_curvature(
         keys: `rounding.tensor_key` of every h; see :func:`sophia`, as for the others.
     """
     if path == "fused" and hessians:
-        kernels.module(hessians[0].device.type).fold_(
-            hessians, estimates, beta2=beta2, scale=scale, keys=keys, step=step
+        left = kernels.module(hessians[0].device.type).fold_(
+            hessians, estimates, beta2=beta2, scale=scale, kept=scratch.kept, keys=keys, step=step
         )
-        return
+        if not left:
+            return
+        hessians, estimates = ([column[index] for index in left] for column in (hessians, estimates))
+        keys = None if keys is None else [keys[index] for index in left]
     edge = Edge(keys=keys, step=step)
     for index, tensors in enumerate(zip(hessians, estimates, strict=True)):
         dtype, origin = compute_dtype(*tensors), int(hessians[index].storage_offset())
@@ -334,7 +347,7 @@ def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     if all(t.is_contiguous() for t in tensors):
         flat = [t.view(-1) for t in tensors]
-    elif all(_dense(t) and t.stride() == first.stride() for t in tensors):
+    elif flat_alike(tensors):
         flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     else:
         dim = max(range(first.dim()), key=first.size)
@@ -343,18 +356,6 @@ def slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from slices(*(t.narrow(dim, middle, first.size(dim) - middle) for t in tensors))
         return
     yield from zip(*(torch.split(t, BLOCK) for t in flat), strict=True)
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory exactly once: sorted by stride, each stride is the size below it."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _read(name: str, tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:

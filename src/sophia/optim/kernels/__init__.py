@@ -1,23 +1,32 @@
 """Fused kernels: one pass over memory. One module a device type, imported when first used.
 
 A module offers `problem()`, why it cannot run and what to do about it, or None; `sophia_()`, the step; and `fold_()`,
-the curvature's. `update` says what they compute.
+the curvature's. `update` says what they compute. Both return the indices of tensors that they have no kernel for and
+left alone, and may keep in the dict `kept` what helps the next step.
 """
 
 import importlib
+import os
 from types import ModuleType
 
-_MODULES: dict[str, str] = {}  # device type -> module
+_MODULES: dict[str, str] = {"cuda": "sophia.optim.kernels.cuda"}  # device type -> module
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs CUDA's kernels on CPU tensors: fused=True is that, then. For tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def module(device_type: str) -> ModuleType:
     """The kernels for a device type that has no problem."""
+    if device_type == "cpu" and interpreted():
+        device_type = "cuda"
     return importlib.import_module(_MODULES[device_type])
 
 
 def problem(device_type: str) -> str | None:
     """Why there is no fused kernel for tensors on such a device, with the remedy; None where there is one."""
-    if device_type not in _MODULES:
+    if device_type not in _MODULES and not (device_type == "cpu" and interpreted()):
         return f"there is no fused kernel for {device_type}: leave fused=None, which takes the fastest path there is"
     answer: str | None = module(device_type).problem()
     return answer
