@@ -15,11 +15,12 @@ Saved for the backward pass, bytes for each token and block:
     ---------
     2 r W + 14 s W + 16 + 4 H        (64 W in fp32, 36 W in bf16, and little else)
 
-With activation checkpointing r W, and one block's whole while it is computed again. Final norm: r W + 8, head: s W.
-bf16 autocast: a copy of all matrices, 2 bytes an entry. torch.compile saves the same (measured on the CPU).
+With activation checkpointing r W, and one block's whole while it is computed again. Final norm: r W + 8.
+bf16 autocast: a copy of the blocks' matrices, 2 bytes an entry. torch.compile saves the same (measured on the CPU).
 
-The loss, bytes for each prediction and row of the head: its log-softmax 4, the gradient of it 4, the gradient of the
-logits 4, all in fp32, and the logits themselves s, which the trainer's loop still holds.
+The loss (sophia/loss.py) has the hidden states and their gradient, r W each for a token, and the gradient of the head's
+weight, in fp32. For each row of the head and prediction *of one chunk* it has 4 bytes, of what are logits first and
+their gradient last; in bf16 2 more, and a copy of the weight. What else it has is small.
 
 The sums are those of PyTorch's own record of allocations (tests/model/test_memory.py). To them come a workspace, of
 cuBLAS or of the CPU's libraries, and on the CPU the holes in the heap: glibc keeps tensors below 32 MiB there, and what
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sophia.accounting import ParameterCount, count_parameters
+from sophia.loss import BLOCK, chunk_rows
 from sophia.model import GPTConfig
 from sophia.optim.update import BUCKET
 
@@ -47,6 +49,8 @@ _BF16 = 2
 # On CUDA what PyTorch has cuBLAS keep on Hopper (8 MiB on earlier GPUs), elsewhere what libraries were seen to keep.
 _WORKSPACE = {"cuda": 32 << 20}
 _OTHER_WORKSPACE = 8 << 20
+# Logits of a curvature estimate that exist at one time (sophia/optim/curvature/deferred.py).
+_CURVATURE_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,34 +195,21 @@ class _Step:
     def moments(self) -> Iterator[MemoryEstimate]:
         """Each moment that can be the peak."""
         held = self.model if self.accumulates or self.replicated else 0  # DDP's buckets are always there
-        entries = self.tokens * self.config.head_rows
-        stored, copies = self.stored(self.tokens), self.matrix_copies
+        stored = self.stored(self.tokens)
         yield self.moment(
             "loss",
-            gradients=held,
-            activations=stored + self.tokens * self.end_bytes,
-            logits=(self.entry + 12) * entries,
-            other=copies,
-        )
-        # From here on the logits themselves are still held.
-        logits = self.entry * entries
-        yield self.moment(
-            "head",
             gradients=held + self.embedding,
             activations=stored + self.tokens * self.end_bytes,
-            logits=2 * logits,  # and their gradient
-            other=copies,
+            logits=self.chunk(self.tokens),
+            other=self.matrix_copies + self.head_copy,
         )
         yield self.moment(
             "last block",
             gradients=held + self.embedding,
             activations=stored + self.working(self.tokens),
-            logits=logits,
-            other=copies,
+            other=self.late_copies,
         )
-        yield self.moment(
-            "first block", gradients=self.model + self.embedding * (self.accumulates + self.late_parts), logits=logits
-        )
+        yield self.moment("first block", gradients=self.model + self.embedding * (1 + self.accumulates))
         yield self.moment("optimizer step", gradients=self.model, other=self.step_temporaries)
         if self.optimizer == "sophia-g":
             yield from self.sampled_curvature()
@@ -250,40 +241,40 @@ class _Step:
         return activations // (2 if self.accumulates else 5)
 
     def sampled_curvature(self) -> Iterator[MemoryEstimate]:
-        """Gauss-Newton-Bartlett. Gradients: of the step before, squares so far, of one chunk and of the one before it.
-
-        DDP's are views of its buckets, from which both the step's and the chunk's are copied.
-        """
-        held = self.model * (min(self.curvature_chunks, 3) + self.replicated)
-        logits = 2 * self.entry * self.curvature_tokens * self.config.head_rows  # and the noise in their place
+        """Gauss-Newton-Bartlett. Gradients: squares so far and one chunk's, which DDP has in its buckets, too."""
+        held = self.model * ((self.curvature_chunks > 1) + self.replicated)
+        stored = self.stored(self.curvature_tokens)
+        yield self.moment(
+            "curvature, head",
+            gradients=held + self.embedding,
+            activations=stored + self.curvature_tokens * self.end_bytes,
+            logits=2
+            * self.entry
+            * min(self.curvature_tokens * self.config.head_rows, _CURVATURE_BLOCK),  # and the noise
+            other=self.late_copies + self.head_copy,
+        )
         yield self.moment(
             "curvature, last block",
             gradients=held + self.embedding,
-            activations=self.stored(self.curvature_tokens) + self.working(self.curvature_tokens),
-            logits=logits,
-            other=self.matrix_copies,
+            activations=stored + self.working(self.curvature_tokens),
+            other=self.late_copies,
         )
-        yield self.moment(
-            "curvature, first block",
-            gradients=held + self.model + self.embedding * self.late_parts,
-            logits=logits,
-            other=self.matrix_copies,
-        )
+        yield self.moment("curvature, first block", gradients=held + self.model + self.embedding)
 
     def finite_difference(self) -> Iterator[MemoryEstimate]:
         """Hutchinson as the trainer has it, by two gradients in fp32.
 
-        Gradients: of the step before, noise, parameters kept, both gradients; for several micro-batches one more.
+        Gradients: noise, parameters kept, both gradients; for several micro-batches one more.
         """
         plain = dataclasses.replace(self, low=False)
-        held = 5 + (self.curvature_chunks > 1)
+        held = 4 + (self.curvature_chunks > 1)
         yield self.moment(
             "curvature, loss",
-            gradients=(held - 1) * self.model,
+            gradients=(held - 1) * self.model + self.embedding,
             activations=plain.stored(self.curvature_tokens) + self.curvature_tokens * plain.end_bytes,
-            logits=12 * self.curvature_tokens * self.config.head_rows,
+            logits=plain.chunk(self.curvature_tokens),
         )
-        yield self.moment("curvature, first block", gradients=held * self.model + self.embedding * plain.late_parts)
+        yield self.moment("curvature, first block", gradients=held * self.model + self.embedding)
 
     def stored(self, tokens: int) -> int:
         """What the blocks save in a forward pass of so many tokens."""
@@ -310,11 +301,6 @@ class _Step:
         return _FP32 * self.count.embedding
 
     @property
-    def late_parts(self) -> int:
-        """The lookup's, and in fp32 the sum of both, which replaces neither before it is whole."""
-        return 1 if self.low else 2
-
-    @property
     def count(self) -> ParameterCount:
         return count_parameters(self.config)
 
@@ -335,16 +321,31 @@ class _Step:
 
     @property
     def end_bytes(self) -> int:
-        """Saved for each token outside the blocks: ids and targets, dropout's mask, final norm, the head's input."""
+        """For each token outside the blocks: ids, targets, dropout's mask, final norm, hidden states and gradient."""
         mask = 0 if self.config.dropout == 0 else (_FP32 if self.device == "cpu" else 1)
-        return 2 * 8 + (mask + self.residual + self.entry) * self.config.width + 8
+        return 2 * 8 + (mask + 3 * self.residual) * self.config.width + 8
 
     @property
     def matrix_copies(self) -> int:
-        """bf16 copies that autocast makes of the matrices and the graph holds."""
-        if not self.low or self.sharded:
-            return 0
-        return _BF16 * (self.count.embedding if self.checkpoints else self.count.multiplied)
+        """bf16 copies of the blocks' matrices, which autocast keeps until the forward pass is over."""
+        return 0 if not self.low or self.sharded else _BF16 * self.count.matrices
+
+    @property
+    def late_copies(self) -> int:
+        """Those that the graph holds then; activation checkpointing makes one block's again."""
+        return self.matrix_copies // (self.config.layers if self.checkpoints else 1)
+
+    def chunk(self, tokens: int) -> int:
+        """What the loss has of a chunk's logits and their gradients."""
+        rows, width = min(tokens, chunk_rows(self.config.head_rows, self.device)), self.config.width
+        logits = rows * self.config.head_rows * (_FP32 + (_BF16 if self.low else 0))
+        products = rows * self.entry + (min(BLOCK, self.config.head_rows) * (_BF16 + _FP32) if self.low else 0)
+        return logits + products * width
+
+    @property
+    def head_copy(self) -> int:
+        """The loss's copy of the weight in bf16."""
+        return _BF16 * self.count.embedding if self.low and not self.sharded else 0
 
     @property
     def gathered(self) -> int:

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophia.distributed import World, clip_gradients, synchronized
+from sophia.loss import CrossEntropy
 from sophia.optim.noise import stream_key
 from sophia.optimizers import CurvatureBatch, Optimizers
 
@@ -87,8 +87,7 @@ class Stepper:
             torch.manual_seed(stream_key(self.seed, index, self.rows[start]) % 2**63)
             with synchronized(self.model, last=start == starts[-1]):
                 with self.autocast():
-                    logits = self.model(inputs[part])  # [micro-batch, context, vocab]
-                    summed = F.cross_entropy(logits.flatten(0, 1), targets[part].flatten(), reduction="sum")
+                    summed = self.model(inputs[part], CrossEntropy(targets[part]))
                     loss = summed / targets.numel()  # engines average over the ranks, which hold as many rows each
                 torch.autograd.backward(loss)
             total += loss.detach()

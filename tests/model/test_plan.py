@@ -69,7 +69,7 @@ def test_curvature_and_checkpointing_take_time(capsys):
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
-    settings = PlanSettings(model="gpt2-small", gpu="a100-40", gpus=8)
+    settings = PlanSettings(model="gpt2-small", gpu="4090", gpus=8)
     setup = set_up(settings)
     assert setup.fits
     assert setup.own_rows % setup.micro_batch == 0
