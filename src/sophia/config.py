@@ -130,7 +130,7 @@ class LoggingSettings:
     """What is written down."""
 
     log_interval: int = 10
-    """Updates between lines of metrics.jsonl."""
+    """Updates between lines of metrics.jsonl; losses stay on the device, and guards do not see them, until then."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers that get the same numbers."""
 
@@ -152,10 +152,11 @@ class GuardSettings:
     """What happens when numbers go wrong."""
 
     max_skipped_steps: int = 10
-    """A non-finite loss or gradient skips its update; after so many in a row training stops."""
+    """A non-finite loss or gradient leaves out its update at once; after so many in a row training stops when it logs,
+    evaluates or saves next."""
     on_spike: Literal["report", "rollback"] = "report"
-    """What follows a spike of the training loss: a line, or a return to the last checkpoint before it, leaving out the
-    batches since."""
+    """What follows a spike of the training loss when training logs, evaluates or saves next: a line, or a return to the
+    last checkpoint before it, leaving out all batches since."""
     spike_sigmas: float = 8.0
     """Standard deviations above the recent mean that make a loss a spike, which must also be a tenth of a nat above."""
 

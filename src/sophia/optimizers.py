@@ -71,7 +71,7 @@ class Optimizers:
                 that: Muon, and AdamW where it is not fused.
         """
         if skip is not None and self._read_skips:
-            if skip.item():
+            if self._leaves_out(skip):
                 return
             skip = None
         for part in self.parts:
@@ -79,6 +79,9 @@ class Optimizers:
                 part.step()
             else:
                 _step_unless(part, skip)
+
+    def _leaves_out(self, skip: Tensor) -> bool:
+        return bool(skip.item())
 
     @property
     def curvature_due(self) -> bool:

@@ -76,6 +76,16 @@ def test_a_resume_leaves_what_an_undisturbed_run_has(tmp_path, stopped_at, unfin
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_what_guards_tell_late_of_a_step_is_cut_with_the_steps_that_they_had_not_looked_at(tmp_path):
+    """The run stopped after step 6, was looked at up to step 4, went on, was looked at in step 8, and was killed."""
+    told = [{"step": step, "event": event, "loss": 9.0} for step in (3, 5) for event in ("spike", "skipped")]
+    others = [{"step": 5, "event": "rollback"}, training(6)]
+    write(tmp_path, [training(4), *told, *others, training(8)])
+    with Metrics(tmp_path, resume_step=6, unseen=2):
+        pass
+    assert [json.loads(line) for line in text(tmp_path).splitlines()] == [training(4), *told[:2], *others]
+
+
 def test_a_resume_without_a_file_begins_one(tmp_path):
     write(tmp_path, [training(5)], resume_step=4)
     assert len(read_metrics(tmp_path / "metrics.jsonl").training) == 1

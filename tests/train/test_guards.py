@@ -1,12 +1,14 @@
 """Spikes told from noise, and signals answered."""
 
+import math
 import os
 import random
 import signal
 
 import pytest
+import torch
 
-from sophia.guards import Signals, SpikeWatch
+from sophia.guards import Readings, Signals, SpikeWatch
 
 
 def noisy(count, *, deviation, seed=0):
@@ -51,6 +53,29 @@ def test_its_state_makes_an_equal_watch():
     for loss in [*losses[100:], 7.0]:
         assert first.is_spike(loss) == second.is_spike(loss)
     assert first.state() == second.state()
+
+
+def zero_d(value, dtype=torch.float64):
+    return torch.tensor(value, dtype=dtype)
+
+
+@pytest.mark.parametrize("loss", [1.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("norm", [2.0, math.inf, math.nan])
+def test_a_flag_on_the_device_says_what_is_not_finite(loss, norm):
+    flag = Readings().add(zero_d(loss), zero_d(norm, torch.float32))
+    assert (flag.dtype, flag.shape) == (torch.float32, ())
+    assert flag.item() == float((loss, norm) != (1.0, 2.0))
+
+
+def test_readings_come_in_their_order_bit_for_bit():
+    readings = Readings([[3.0, 4.0]])
+    for number in range(3):
+        readings.add(zero_d(0.1 + number), zero_d(0.2 + number, torch.float32))
+    expected = [(3.0, 4.0), *((0.1 + number, zero_d(0.2 + number, torch.float32).item()) for number in range(3))]
+    assert readings.read() == expected
+    readings.add(zero_d(7.0), zero_d(8.0))
+    assert readings.take() == [*expected, (7.0, 8.0)]
+    assert readings.read() == []
 
 
 def test_signals_are_counted_and_the_handlers_come_back():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sophia import optimizers as optimizers_module
 from sophia.config import OptimizerSettings
 from sophia.model import GPT, GPTConfig
 from sophia.optim.lion import Lion
@@ -144,6 +145,42 @@ def test_each_lowers_the_loss_and_takes_the_schedule(name):
         optimizers.step()
     assert loss().item() < before - 0.05
     assert (optimizers.clip_fraction() is not None) is name.startswith("sophia")
+
+
+def _trained(name, skips, *, far=True, monkeypatch):
+    """Parameters and state after a step for each of `skips`; None calls step() without a flag."""
+    monkeypatch.setattr(optimizers_module, "_READ_AT_ONCE", frozenset() if far else frozenset({"cpu"}))
+    model, optimizers = build(name)
+    inputs, targets = batch()
+    for skip in skips:
+        if optimizers.curvature_due:
+            chunks = CurvatureBatch(
+                inputs=inputs, targets=targets, rows=range(4), chunks=[0, 1, 0, 1], passes=2, mean_rows=2
+            )
+            optimizers.refresh(model, chunks)
+        optimizers.set_lr(0.5)
+        optimizers.zero_grad()
+        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        if skip:
+            next(model.parameters()).grad[0] = torch.nan
+            next(model.parameters()).grad[1] = torch.inf
+        optimizers.step() if skip is None else optimizers.step(skip=torch.tensor(float(skip)))
+    tensors = [p.detach() for p in model.parameters()]
+    for part in optimizers.parts:
+        tensors += [value for p in model.parameters() if p in part.state for value in part.state[p].values()]
+    return tensors, any(hasattr(part, "found_inf") for part in optimizers.parts)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("far", [True, False], ids=["on a GPU", "on the CPU"])
+def test_a_flag_leaves_out_an_update_as_if_it_had_not_been(name, far, monkeypatch):
+    """Also the first one, and bit for bit; and where it is not raised, nothing is different."""
+    plain, _ = _trained(name, [None] * 3, monkeypatch=monkeypatch)
+    flagged, left = _trained(name, [1, 0, 1, 0, 0, 1, 1], far=far, monkeypatch=monkeypatch)
+    assert not left
+    assert len(flagged) == len(plain)
+    for ours, theirs in zip(flagged, plain, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_chunks_are_squared_apart_and_a_row_that_does_not_count_changes_nothing():

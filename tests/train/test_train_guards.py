@@ -131,6 +131,91 @@ def test_crashes_among_bad_updates_leave_no_trace(tmp_path, data, monkeypatch):
     runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
 
 
+# ---- looks. Every fourth step, every sixth and every tenth one something is logged, evaluated or saved.
+
+RARELY = {"log-interval": 4, "eval-interval": 6, "checkpoint-interval": 10, "steps": 32}
+
+
+def test_guards_look_when_something_is_told_or_kept(tmp_path, data, monkeypatch):
+    """An update is left out at once; what is told of it, later, has its own step."""
+    bad = {1: nan_loss, 5: nan_gradient, 8: nan_loss, 14: nan_gradient}
+    disturb(monkeypatch, bad)
+    flags = {**RARELY, "optimizer": "sophia-g", "curvature-interval": 3, "dropout": 0.1, "keep-last": 9}
+    assert runs.train(data, tmp_path / "often", **flags | {"log-interval": 1}) == 0
+    assert runs.train(data, tmp_path / "rarely", **flags) == 0
+    often, rarely = (runs.latest(tmp_path / run) for run in ("often", "rarely"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (often / name).read_bytes() == (rarely / name).read_bytes()
+    assert runs.state(often)["progress"] == runs.state(rarely)["progress"]
+    assert events(tmp_path / "often", "skipped") == events(tmp_path / "rarely", "skipped")
+    regular = runs.state(checkpoint.path_of(tmp_path / "rarely" / "checkpoints", 10))["progress"]
+    assert (regular["not_finite"], regular["unseen"]) == (3, [])
+    lines = runs.metrics(tmp_path / "rarely")
+    told = {
+        line["step"]: next(later["step"] for later in lines[number:] if "event" not in later)
+        for number, line in enumerate(lines)
+        if "event" in line
+    }
+    assert told == {2: 4, 6: 6, 9: 12, 15: 16}
+
+
+def test_too_many_in_a_row_are_counted_up_at_the_look(tmp_path, data, monkeypatch, capsys):
+    """Sound steps that follow before the look change nothing."""
+    seen = []
+    disturb(monkeypatch, dict.fromkeys((12, 13, 14), nan_loss))
+    runs.before_batch(monkeypatch, seen.append)
+    assert runs.train(data, tmp_path / "run", max_skipped_steps=2, **RARELY) == 2
+    assert "2 updates in a row had a non-finite loss or gradient, up to step 14" in capsys.readouterr().err
+    assert seen[-1] == 15
+
+
+# Steps that no guard has looked at when the run stops after these batches; looks are after steps 10, 12 and 16.
+UNSEEN = {10: 1, 12: 1, 13: 2, 14: 3, 15: 0}
+
+
+@pytest.mark.parametrize(("stops", "crash"), [((13,), None), ((10, 15), None), ((12, 13, 14), 17)])
+def test_stops_between_looks_leave_no_trace(tmp_path, data, monkeypatch, stops, crash):
+    """What was not looked at is in the checkpoint; a crash later makes the guards tell it a second time."""
+    disturb(monkeypatch, dict.fromkeys((12, 13, 14), nan_loss))
+    assert runs.train(data, tmp_path / "whole", **RARELY) == 0
+    runs.signal_at(monkeypatch, signal.SIGTERM, *stops)
+    if crash is not None:
+        runs.crash_at(monkeypatch, crash)
+    outcomes = [outcome(runs.train, data, tmp_path / "stopped", **RARELY)]
+    while outcomes[-1] != 0:
+        if outcomes[-1] == 143:
+            unseen = runs.state(runs.latest(tmp_path / "stopped"))["progress"]["unseen"]
+            assert len(unseen) == UNSEEN[stops[len(outcomes) - 1]]
+        outcomes.append(outcome(runs.resume, tmp_path / "stopped"))
+    assert outcomes == [*[143] * len(stops), *([] if crash is None else ["crashed"]), 0]
+    runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def outcome(start, *args, **flags):
+    """The exit code, or that it crashed."""
+    try:
+        return start(*args, **flags)
+    except runs.Killed:
+        return "crashed"
+
+
+def test_a_checkpoint_from_before_there_were_looks(tmp_path, data, monkeypatch):
+    assert runs.train(data, tmp_path / "whole") == 0
+    runs.crash_at(monkeypatch, 7)
+    with pytest.raises(runs.Killed):
+        runs.train(data, tmp_path / "old")
+    read_state = checkpoint.read_state
+
+    def without(path):
+        state = read_state(path)
+        del state["progress"]["unseen"]
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", without)
+    assert runs.resume(tmp_path / "old") == 0
+    runs.assert_equal(tmp_path / "whole", tmp_path / "old")
+
+
 # ---- spikes. The watch needs a past of 32 losses.
 
 SPIKY = {"steps": 50, "eval-interval": 20, "checkpoint-interval": 10, "optimizer": "adamw"}
@@ -184,6 +269,34 @@ def test_after_a_rollback_training_is_that_of_a_run_without_those_batches(tmp_pa
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (rolled / name).read_bytes() == (without / name).read_bytes()
     assert runs.state(rolled)["progress"]["recent"] == runs.state(without)["progress"]["recent"]
+
+
+SEEN_LATE = {"log-interval": 4, "eval-interval": 24}
+
+
+def test_a_rollback_leaves_out_the_batches_up_to_the_look(tmp_path, data, monkeypatch, capsys):
+    seen = []
+    disturb(monkeypatch, {44: high(30.0), 45: nan_loss})
+    runs.before_batch(monkeypatch, seen.append)
+    assert rollback(data, tmp_path / "run", **SEEN_LATE) == 0
+    assert seen == [*range(48), *range(48, 58)]  # updates 41 to 50 learn from the batches 48 to 57
+    assert "back to the checkpoint of step 40; 8 batches left out" in capsys.readouterr().out
+    assert events(tmp_path / "run", "rollback") == [
+        {"step": 41, "event": "rollback", "spike_step": 45, "from_step": 48, "skipped_batches": 8}
+    ]
+    assert events(tmp_path / "run", "skipped") == []
+
+
+@pytest.mark.parametrize("stops", [(43, 45), (46, 49, 51)])
+def test_stops_between_looks_do_not_change_a_rollback(tmp_path, data, monkeypatch, stops):
+    flags = {**SEEN_LATE, "dropout": 0.1}
+    disturb(monkeypatch, {42: nan_loss, 44: high(30.0), 50: high(30.0)})
+    assert rollback(data, tmp_path / "whole", **flags) == 0
+    assert len(events(tmp_path / "whole", "rollback")) == 2
+    runs.signal_at(monkeypatch, signal.SIGTERM, *stops)
+    assert rollback(data, tmp_path / "stopped", **flags) == 143
+    assert [runs.resume(tmp_path / "stopped") for _ in stops] == [*[143] * (len(stops) - 1), 0]
+    runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_rollbacks_to_one_checkpoint_are_bounded(tmp_path, data, monkeypatch, capsys):
