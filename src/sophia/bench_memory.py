@@ -28,7 +28,7 @@ from sophia.distributed import World
 from sophia.memory import step_memory
 from sophia.model import GPT, GPTConfig
 from sophia.optimizers import Optimizers
-from sophia.presets import preset
+from sophia.presets import default_curvature, preset
 from sophia.step import Stepper
 
 _STEPS = 3
@@ -63,8 +63,7 @@ class Case:
     @property
     def curvature(self) -> tuple[int, int]:
         """Rows and chunks of a curvature estimate, as the trainer has them by default."""
-        rows = max(min(self.rows, 4), self.rows // 8)
-        return rows, min(4, rows)
+        return default_curvature(self.rows)
 
     def estimate(self, device: str) -> dict[str, Any]:
         """What `sophia plan` says."""

@@ -52,6 +52,9 @@ BENCHES: Mapping[str, Command] = {
     "memory": Command(
         "sophia.bench_memory", "memory", "peak memory of training steps against the estimate of sophia plan"
     ),
+    "curvature": Command(
+        "sophia.bench_curvature", "curvature", "cost of curvature estimates beside training, and their error"
+    ),
     "loader": Command("sophia.bench_loader", "loader", "reading batches against the steps that consume them"),
     "prepare": Command("sophia.bench_prepare", "run", "text to shards against the tokenizer library's batches"),
 }

@@ -78,7 +78,7 @@ class OptimizerSettings:
     curvature_interval: int = 10
     """Sophia: steps from one curvature estimate to the next."""
     curvature_rows: int | None = None
-    """Sophia: sequences of the batch from which curvature is estimated; open: an eighth of them."""
+    """Sophia: sequences of the batch from which curvature is estimated; open: a sixteenth of them, or four."""
     curvature_chunks: int | None = None
     """Sophia-G: parts of those sequences whose sampled gradients are squared apart; more give less noise. Open: 4, or
     as many as keep each within a micro-batch."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sophia import SophiaG, SophiaH
 from sophia.config import OptimizerSettings
-from sophia.curvature import GaussNewtonBartlett, Hutchinson
+from sophia.curvature import GaussNewtonBartlett, Hutchinson, deferred_logits
+from sophia.loss import CrossEntropy
 from sophia.optim.lion import Lion
 from sophia.optim.sophia import Sophia
 
@@ -99,11 +99,12 @@ class Optimizers:
             # A rank without a row of this chunk goes along with one that does not count.
             kept = members or [0]
             rows += [batch.rows[place] for place in kept]
+            inputs = _rows_of(batch.inputs, kept)
             if isinstance(sophia, SophiaH):
                 weight = len(members) / batch.mean_rows
-                forwards.append(functools.partial(_loss, model, batch.inputs[kept], batch.targets[kept], weight))
+                forwards.append(functools.partial(_loss, model, inputs, _rows_of(batch.targets, kept), weight))
             else:
-                forwards.append(functools.partial(_masked_logits, model, batch.inputs[kept], bool(members)))
+                forwards.append(functools.partial(_predictions, model, inputs, bool(members)))
         sophia.refresh_curvature(forwards, rows=None if isinstance(sophia, SophiaH) else rows)
 
     def clip_fraction(self) -> float | None:
@@ -114,11 +115,19 @@ class Optimizers:
 
 def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
     """The mean loss times a weight: the plain mean over passes and ranks is then the mean over all rows."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) * weight
+    summed: Tensor = model(inputs, CrossEntropy(targets))
+    return summed * (weight / targets.numel())
 
 
-def _masked_logits(model: nn.Module, inputs: Tensor, counts: bool) -> tuple[Tensor, Tensor]:
-    return model(inputs), torch.full(inputs.shape, counts, device=inputs.device)
+def _predictions(model: nn.Module, inputs: Tensor, counts: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The model's logits, deferred; with a mask on the host, which nobody waits for, where none counts."""
+    logits: Tensor = model(inputs, deferred_logits)
+    return logits if counts else (logits, torch.zeros(inputs.shape, dtype=torch.bool))
+
+
+def _rows_of(tokens: Tensor, places: Sequence[int]) -> Tensor:
+    # An index would be made on the host, and its way to the device waited for.
+    return torch.stack([tokens[place] for place in places])
 
 
 def _build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> list[torch.optim.Optimizer]:

@@ -19,12 +19,10 @@ from sophia.memory import MemoryEstimate as MemoryEstimate
 from sophia.memory import optimizer_bytes as optimizer_bytes
 from sophia.memory import step_memory as step_memory
 from sophia.model import GPTConfig, padded_vocabulary
-from sophia.presets import preset
+from sophia.presets import CURVATURE_INTERVAL, default_curvature, preset
 
 _GIB = 2**30
 _MULTIPLIERS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-# As the trainer does by default: a share of the batch for curvature, in so many chunks, every so many steps.
-_CURVATURE_SHARE, _CURVATURE_CHUNKS, _CURVATURE_INTERVAL = 8, 4, 10
 _VOCABULARY_MULTIPLE = 64
 _MOST_GPUS = 1024
 _MATRIX = 2048
@@ -117,12 +115,11 @@ class Setup:
     @property
     def memory(self) -> MemoryEstimate:
         """The peak on one device."""
-        curvature = max(min(self.rows, _CURVATURE_CHUNKS), self.rows // _CURVATURE_SHARE)
+        curvature, passes = default_curvature(self.rows)
         if self.optimizer == "sophia-h":  # micro-batches of the mean
             rows = min(self.micro_batch, -(-curvature // self.gpus))
             passes = -(-curvature // (self.gpus * rows))
         else:
-            passes = min(_CURVATURE_CHUNKS, curvature)
             rows = -(-curvature // (passes * self.gpus))
         return step_memory(
             self.config,
@@ -289,9 +286,8 @@ def _speed(settings: PlanSettings, setup: Setup) -> dict[str, Any]:
     base = preset(settings.model)
     tokens = base.steps * base.tokens_per_step if settings.tokens is None else _parsed(settings.tokens)
     flops = flops_per_token(setup.config)
-    work = flops * (
-        1 + curvature_share(setup.optimizer, rows_fraction=1 / _CURVATURE_SHARE, interval=_CURVATURE_INTERVAL)
-    )
+    rows_fraction = default_curvature(setup.rows)[0] / setup.rows
+    work = flops * (1 + curvature_share(setup.optimizer, rows_fraction=rows_fraction, interval=CURVATURE_INTERVAL))
     if setup.config.activation_checkpointing:
         work += recomputed_flops_per_token(setup.config)
     peak, source = _peak_flops(settings, setup)

@@ -11,7 +11,7 @@ from sophia.data.shards import Dataset
 from sophia.distributed import World
 from sophia.import_hf import import_gpt2
 from sophia.model import GPTConfig, padded_vocabulary
-from sophia.presets import Preset, preset
+from sophia.presets import CURVATURE_CHUNKS, Preset, default_curvature, preset
 from sophia.schedule import lr_factor
 from sophia.trackers import check_trackers
 
@@ -22,8 +22,6 @@ _VOCABULARY_MULTIPLE = 64
 _PARTS = 20
 _SHORTEST_PART = 25
 _LONGEST_PART = 500
-_CURVATURE_SHARE = 8
-_CURVATURE_CHUNKS = 4
 # Where numbers must lie, section by section; NaN lies nowhere.
 _RANGES: Mapping[str, Mapping[str, tuple[Callable[[float], bool], str]]] = {
     "optimizer": {
@@ -157,12 +155,12 @@ def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
 def _curvature(settings: TrainSettings, rows: int | None) -> dict[str, Any]:
     total = rows_per_step(settings)
     if rows is None:
-        rows = max(min(total, _CURVATURE_CHUNKS), total // _CURVATURE_SHARE)
+        rows, _ = default_curvature(total)
     if rows > total:
         raise ValueError(f"curvature_rows is {rows}, but a step has {total} sequences: choose at most that")
     if settings.optimizer.optimizer == "sophia-h":
         return {"curvature_rows": rows}
-    chunks = settings.optimizer.curvature_chunks or min(_CURVATURE_CHUNKS, rows)
+    chunks = settings.optimizer.curvature_chunks or min(CURVATURE_CHUNKS, rows)
     if chunks > rows:
         raise ValueError(f"curvature_chunks is {chunks}, more than the {rows} curvature_rows: choose at most that")
     return {"curvature_rows": rows, "curvature_chunks": chunks}
