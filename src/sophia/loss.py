@@ -101,7 +101,7 @@ def _pass(
     low = weight.to(dtype)  # [rows, width]
     losses = torch.empty(targets.shape, dtype=full, device=hidden.device)
     to_hidden = torch.empty_like(hidden) if wants[0] else None
-    to_weight = torch.zeros(weight.shape, dtype=full, device=weight.device) if wants[1] else None
+    to_weight = weight.new_empty(weight.shape, dtype=full) if wants[1] else None
     size = chunk_rows(len(weight), hidden.device.type)
     buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=full, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -116,7 +116,7 @@ def _pass(
             if to_hidden is not None:
                 to_hidden[part] = gradient @ low
             if to_weight is not None:
-                _add_product_(to_weight, gradient.t(), read)
+                _add_product_(to_weight, gradient.t(), read, first=start == 0)
             del gradient
     return losses.sum(), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
 
@@ -145,17 +145,19 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out.copy_(left @ right)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, added up in the dtype of ``total``."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """``total += left @ right``, added up in the dtype of ``total``, which the first product overwrites."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
         return
     for start in range(0, len(total), BLOCK):
         part = slice(start, start + BLOCK)
-        if left.device.type == "cuda":
-            total[part] += torch.mm(left[part], right, out_dtype=total.dtype)
+        on_gpu = left.device.type == "cuda"
+        product = torch.mm(left[part], right, out_dtype=total.dtype) if on_gpu else left[part] @ right
+        if first:
+            total[part] = product
         else:
-            total[part] += left[part] @ right
+            total[part] += product
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

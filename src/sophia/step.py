@@ -37,8 +37,9 @@ class Stepper:
     """Makes the context of a forward pass."""
 
     def refresh(self, inputs: Tensor, targets: Tensor) -> None:
-        """Renew the curvature from some of the batch's rows, when that is due."""
+        """Renew the curvature from some of the batch's rows, when that is due. Drops the last step's gradients."""
         if self.optimizers.curvature_due:
+            self.optimizers.zero_grad()  # the estimate would be made beside them
             with self.autocast():
                 self.optimizers.refresh(self.model, self.curvature_batch(inputs, targets))
 
