@@ -36,8 +36,9 @@ def take(
             for key, value in state.items():
                 tensors[f"{number}/{names[parameter]}/{key}"] = _whole(value, keep=here.main)
         groups = []
-        for group in part.param_groups:
-            kept = {key: value for key, value in group.items() if key not in _GROUP_KEYS}
+        # The settings from the state dict: it knows the time where a GPU may have skipped steps.
+        for group, saved in zip(part.param_groups, part.state_dict()["param_groups"], strict=True):
+            kept = {key: value for key, value in saved.items() if key not in _GROUP_KEYS}
             groups.append({"names": [names[parameter] for parameter in group["params"]], "settings": kept})
         settings.append(groups)
     if not here.main:

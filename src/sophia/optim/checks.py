@@ -139,13 +139,8 @@ def check_state_dict(loaded: dict[str, Any], groups: Sequence[dict[str, Any]]) -
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         return  # torch says so
     for saved, group in zip(saved_groups, groups, strict=True):
-        foreign = "clock" not in saved
-        settings = {
-            name: value if name == "params" or (foreign and name in PATHS) else saved.get(name, value)
-            for name, value in group.items()
-        }
-        check_group(settings)
-        check_paths(settings)
+        own = ("params", *PATHS)  # how a step is computed stays as it is here, wherever the state dict was made
+        check_group({name: value if name in own else saved.get(name, value) for name, value in group.items()})
         for index, p in zip(saved["params"], group["params"], strict=True):
             for name in ("exp_avg", "hessian"):
                 value = loaded["state"].get(index, {}).get(name)
@@ -206,17 +201,29 @@ def check_paths(group: dict[str, Any]) -> None:
             resolve_path(group, device_type)
 
 
-def resolve_path(group: dict[str, Any], device_type: str) -> Path:
+def resolve_path(group: dict[str, Any], device_type: str, elements: int = 0) -> Path:
     """Which path a group's step takes for its parameters on such a device.
+
+    Args:
+        group: a param group.
+        device_type: of some of its parameters.
+        elements: how many the whole optimizer has: few do not earn back what it costs to compile a kernel.
 
     Raises:
         RuntimeError: the path asked for cannot run there.
     """
     if group["capturable"]:
-        raise RuntimeError(
-            "capturable=True needs the fused CUDA path, which is not available in this version: leave it False, and "
-            "keep optimizer.step() outside the CUDA graph"
-        )
+        stands_in = (device_type == "cpu" and kernels.interpreted()) or torch.compiler.is_compiling()
+        if device_type != "cuda" and not stands_in:
+            raise RuntimeError(
+                f"capturable=True needs CUDA, and there are parameters on {device_type}: leave it False, or move the "
+                "model to CUDA before it is given to the optimizer"
+            )
+        if group["foreach"] is False and not group["fused"]:
+            raise RuntimeError(
+                "capturable=True and foreach=False: the path in slices reuses memory that a CUDA graph would have to "
+                "own; leave foreach=None, which takes the fastest path there is"
+            )
     if group["fused"]:
         problem = kernels.problem(device_type)
         if problem is not None:
@@ -228,6 +235,24 @@ def resolve_path(group: dict[str, Any], device_type: str) -> Path:
     if group["fused"] is None and not interpreted and kernels.problem(device_type) is None:
         return "fused"
     return "foreach" if device_type == "cuda" else "sliced"
+
+
+def check_capture(group: dict[str, Any], holding: int) -> None:
+    """Refuse to capture in a CUDA graph what would have to change later.
+
+    Args:
+        group: a param group.
+        holding: how many of its parameters with gradients hold still because their curvature is not known.
+    """
+    if holding:
+        raise RuntimeError(
+            f"{holding} parameters have gradients, but no curvature yet, and would hold still for ever in a CUDA "
+            "graph: refresh the curvature before the capture, with a forward() that uses them"
+        )
+    if isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu":
+        raise RuntimeError(
+            "lr is a tensor in main memory, whose value a CUDA graph would freeze: put it on the parameters' device"
+        )
 
 
 def check_gradients(params: Iterable[Tensor]) -> None:

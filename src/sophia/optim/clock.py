@@ -2,9 +2,16 @@
 
 The numbers live in every `param_group`, because `torch.distributed.checkpoint` saves nothing else beside the state of
 the parameters; group 0 is read, all are written.
+
+Two things can hide t from the host. In a CUDA graph t is a counter on the device, one int64 tensor that all groups
+share. And a step that the device skips, because gradients overflowed, does not count: the host then counts calls, the
+device counts skips, and they are only settled when the answer could depend on it.
 """
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 # Names in a param group, with the values of a new optimizer.
 FIELDS: dict[str, int | float] = {
@@ -23,16 +30,61 @@ FIELDS: dict[str, int | float] = {
 _LEAST_SCALE = 2.0**-8
 
 
+class Skips:
+    """Steps that the device may have skipped, and how many it has."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        """Steps since the host last asked that the device was free to skip."""
+        self.count: Tensor | None = None
+        """How many of them it did skip, int64 on the device; None where there was no such step yet."""
+
+    def note(self, found_inf: Tensor) -> None:
+        """One more step, which is skipped where found_inf is not zero."""
+        if self.count is None:
+            self.count = torch.zeros((), dtype=torch.int64, device=found_inf.device)
+        self.count += (found_inf != 0).reshape(()).to(self.count.device)
+        self.calls += 1
+
+    def take(self) -> int:
+        """How many were skipped since the last call. Waits for the device if there was any such step."""
+        skipped = int(self.count) if self.count is not None and self.calls else 0
+        if self.count is not None and skipped:
+            self.count.zero_()
+        self.calls = 0
+        return skipped
+
+
 class Clock:
     """A view of the time fields of an optimizer's param groups."""
 
-    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+    def __init__(self, param_groups: list[dict[str, Any]], skips: Skips | None = None) -> None:
         self._groups = param_groups
+        self._skips = skips or Skips()
 
     @property
     def time(self) -> int:
-        """t: the number of steps taken."""
+        """t: the number of steps taken. Waits for the device where the device counts them."""
+        if self.on_device and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "capturable=True keeps the time on the device, which cannot be read while a CUDA graph is captured: "
+                "call refresh_curvature() and read curvature_due between replays, and detach() an attached model"
+            )
+        self.settle()
         return int(self._groups[0]["clock"])
+
+    @property
+    def latest(self) -> int | Tensor:
+        """t without waiting for anyone: a 0-D int64 tensor on the device where only the device knows."""
+        counted: int | Tensor = self._groups[0]["clock"]
+        if self._skips.calls and self._skips.count is not None:
+            return counted - self._skips.count
+        return counted
+
+    @property
+    def on_device(self) -> bool:
+        """Whether t is a counter on the device."""
+        return isinstance(self._groups[0]["clock"], Tensor)
 
     @property
     def interval(self) -> int:
@@ -61,18 +113,52 @@ class Clock:
 
     @property
     def due(self) -> bool:
-        """Whether no refresh was accepted yet in the present block of k steps."""
-        last = int(self._groups[0]["last_refresh"])
-        return last < 0 or last // self.interval != self.time // self.interval
+        """Whether no refresh was accepted yet in the present block of k steps.
+
+        Waits for the device where it counts the steps; else only if skipped steps could make a difference, which is
+        once in k steps, and once more for each skip.
+        """
+        last = self.last_refresh
+        if last < 0:
+            return True
+        block = last // self.interval
+        if not self.on_device:
+            most = int(self._groups[0]["clock"])
+            if most // self.interval == block:
+                return False
+            if (most - self._skips.calls) // self.interval != block:
+                return True
+        return self.time // self.interval != block
 
     @property
-    def age(self) -> int:
-        """Steps since the last accepted refresh; since the start where there was none."""
-        return self.time - max(int(self._groups[0]["last_refresh"]), 0)
+    def last_refresh(self) -> int:
+        """t of the last accepted refresh; -1 where there was none."""
+        return int(self._groups[0]["last_refresh"])
 
-    def tick(self) -> None:
-        """Count a step."""
-        self._set(clock=self.time + 1)
+    @property
+    def age(self) -> int | Tensor:
+        """Steps since the last accepted refresh, since the start where there was none; a tensor as `latest` is."""
+        return self.latest - max(self.last_refresh, 0)
+
+    @property
+    def greatest_age(self) -> int:
+        """The age if the device has skipped nothing, which the host knows; 0 where the device counts the steps."""
+        return 0 if self.on_device else int(self._groups[0]["clock"]) - max(self.last_refresh, 0)
+
+    def settle(self) -> None:
+        """Take off the steps that the device skipped. Waits for the device if it was free to skip any."""
+        if self._skips.calls:
+            self._set(clock=self._groups[0]["clock"] - self._skips.take())
+
+    def tick(self, found_inf: Tensor | None = None) -> None:
+        """Count a step, unless found_inf, on the device, is not zero."""
+        clock = self._groups[0]["clock"]
+        if isinstance(clock, Tensor):  # in place: a CUDA graph knows it by its address
+            clock += 1 if found_inf is None else (found_inf == 0).reshape(()).to(clock.device)
+            return
+        self._set(clock=clock + 1)
+        if found_inf is not None:
+            self._skips.note(found_inf)
 
     def accept(self) -> None:
         """Count an accepted refresh at the present step."""
@@ -83,6 +169,16 @@ class Clock:
         """Count a refused refresh: it stays due, and is tried again at a lower scale."""
         self._set(refused_refreshes=self.refused + 1, curvature_scale=max(_LEAST_SCALE, self.scale / 4))
 
-    def _set(self, **fields: int | float) -> None:
+    def place(self, device: torch.device | None) -> None:
+        """Keep t on this device from now on, or on the host: None. Without effect where it is there already."""
+        clock = self._groups[0]["clock"]
+        held = clock.device if isinstance(clock, Tensor) else None
+        if held != device:
+            time = self.time
+            self._set(clock=time if device is None else torch.full((), time, dtype=torch.int64, device=device))
+        elif held is not None:
+            self._set(clock=clock)  # a distributed checkpoint gives every group a copy
+
+    def _set(self, **fields: int | float | Tensor) -> None:
         for group in self._groups:
             group.update(fields)

@@ -27,6 +27,11 @@ class Reach:
     def __contains__(self, param: Tensor) -> bool:
         return param not in self._unreached
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the curvature has reached all parameters."""
+        return not self._unreached
+
     def add(self, params: Iterable[Tensor]) -> None:
         """Parameters that are new to the optimizer."""
         self._unreached.update(params)
@@ -54,11 +59,11 @@ class Reach:
                     "another optimizer",
                     stacklevel=5,
                 )
-        if clock.age > _STALE_INTERVALS * clock.interval and "stale" not in self._warned:
+        if clock.greatest_age > _STALE_INTERVALS * clock.interval and "stale" not in self._warned:
             self._warned.add("stale")
             warnings.warn(
-                f"the curvature is {clock.age} steps old at curvature_interval={clock.interval} ({clock.refused} "
-                "refreshes were refused as not finite): call refresh_curvature() at every step",
+                f"the curvature is {clock.greatest_age} steps old at curvature_interval={clock.interval} "
+                f"({clock.refused} refreshes were refused as not finite): call refresh_curvature() at every step",
                 stacklevel=5,
             )
 

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia.optim import checks, refresh, rounding, state, stats, update
+from sophia.optim import checks, kernels, refresh, rounding, state, stats, update
 from sophia.optim.attach import Attachment
-from sophia.optim.clock import FIELDS, Clock
+from sophia.optim.clock import FIELDS, Clock, Skips
 from sophia.optim.curvature import Estimator, GaussNewtonBartlett, Hutchinson
 from sophia.optim.dtensor import local, localise, shard_index
 from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
+from sophia.optim.rows import count_steps, gather, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,10 +60,14 @@ class Sophia(Optimizer):
             memory and is rounded stochastically, so that small updates are not lost; the noise is a function of
             (seed, t, parameter, element). It survives `load_state_dict`.
         maximize: ascend instead of descend; curvature is not flipped.
-        foreach: few launches over whole tensors instead of cache-sized slices.
+        foreach: few launches over whole tensors (the default on CUDA where Triton is missing) instead of cache-sized
+            slices (the default on the CPU where numba is).
         fused: one pass over memory: on the CPU with numba, on CUDA with Triton. None (and foreach None) takes the
             fastest path that is available for the device.
-        capturable: CUDA graphs; not available yet.
+        capturable: :meth:`step` may be captured in a CUDA graph. t and `step` are then counted on the device; reading
+            :attr:`curvature_due` waits for it, and so does `refresh_curvature`, which belongs between replays: a loop
+            that counts its replays calls it at every k-th only. The graph freezes what is a number: make lr a tensor on
+            the device to schedule it.
 
     State of a parameter: `step` (updates it took part in), `exp_avg` (m) and `hessian` (h). A `hessian` of nothing but
     negative zeros is curvature that no estimate has reached yet; such a parameter holds still.
@@ -118,7 +123,10 @@ class Sophia(Optimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """True at t = 0, k, 2k, … until a refresh is accepted in that block of k steps; late is allowed."""
+        """True at t = 0, k, 2k, … until a refresh is accepted in that block of k steps; late is allowed.
+
+        Waits for the device under capturable=True; and once in k steps where `found_inf` makes it skip some.
+        """
         return self._clock.due
 
     def refresh_curvature(
@@ -230,6 +238,11 @@ class Sophia(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step from the gradients in `.grad`. Inspects no value: nothing waits for the device.
 
+        A loop, or `GradScaler`, may set two attributes on the optimizer before the call and delete them after it, as
+        with torch's fused optimizers: `found_inf`, a tensor of one number, 0 or else the step is none (no parameter, no
+        state and no clock moves; decided on the device), and `grad_scale`, by which gradients are divided. All ranks
+        must bring the same `found_inf`.
+
         Args:
             closure: reevaluates the model and returns the loss.
 
@@ -241,69 +254,102 @@ class Sophia(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         paths = [self._paths(group) for group in self.param_groups]
         checks.check_gradients(self._parameters())
+        capturing = self._place_clock()
         if self._attachment is not None:
             self._refresh_attached(self._attachment)
         if not self._clock.attempted:
-            if all(float(group["lr"]) == 0 for group in self.param_groups):
+            if not capturing and all(float(group["lr"]) == 0 for group in self.param_groups):
                 self._create_state()
                 return loss
             raise RuntimeError(self._never_refreshed())
+        if found_inf is not None and kernels.readable(found_inf):
+            if found_inf != 0:
+                return loss
+            found_inf = None
         for group, path in zip(self.param_groups, paths, strict=True):
-            self._step_group(group, path)
-        self._clock.tick()
+            self._step_group(group, path, found_inf=found_inf, grad_scale=grad_scale, capturing=capturing)
+        self._clock.tick(found_inf)
         self._reach.warn(self._clock, self._named_parameters)
         return loss
 
-    def _step_group(self, group: dict[str, Any], paths: dict[torch.device, update.Path]) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        paths: dict[torch.device, update.Path],
+        *,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+        capturing: bool,
+    ) -> None:
+        # Where the host must not know whether a step is taken, the device counts the parameter's steps.
+        device_counts = found_inf is not None or group["capturable"]
+        gathered = gather(
+            group["params"],
+            lambda p: self._state(p, step_device=p.device if device_counts else None),
+            self._reach,
+            lambda p: self._rounding_key(p, rounding.EXP_AVG),
+        )
+        if capturing:
+            checks.check_capture(group, holding=sum(len(rows.grads) for rows in gathered.holding.values()))
         beta1, _ = group["betas"]
-        moving: dict[torch.device, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {}
-        holding: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
-        steps: list[Tensor] = []
-        for p in group["params"]:
-            if p.grad is None and not p.requires_grad:
+        for device, rows in gathered.all():
+            skip, scale, lr = (on_device(value, device) for value in (found_inf, grad_scale, group["lr"]))
+            count_steps(rows.steps, skip)
+            shared: dict[str, Any] = {
+                "beta1": beta1,
+                "maximize": group["maximize"],
+                "scratch": self._scratch,
+                "keys": rows.keys,
+                "step": on_device(self._clock.latest, device) if any(rows.keys) else 0,
+                "found_inf": skip,
+                "grad_scale": scale,
+            }
+            if not rows.params:
+                update.accumulate_momentum(rows.grads, rows.exp_avgs, **shared)
                 continue
-            own = self._state(p)  # also without a gradient: a checkpoint of unused parameters must be loadable
-            if p.grad is None:
-                continue
-            grad, exp_avg = localise(p.grad, p), local(own["exp_avg"])
-            key = self._rounding_key(p, rounding.EXP_AVG)
-            steps.append(own["step"])
-            if p not in self._reach:
-                holding.setdefault(p.device, []).append((grad, exp_avg, key))
-            else:
-                moving.setdefault(p.device, []).append((local(p), grad, exp_avg, local(own["hessian"]), key))
-        if steps:
-            torch._foreach_add_(steps, 1)
-        for held in holding.values():
-            update.accumulate_momentum(
-                [grad for grad, _, _ in held],
-                [exp_avg for _, exp_avg, _ in held],
-                beta1=beta1,
-                maximize=group["maximize"],
-                scratch=self._scratch,
-                keys=[key for _, _, key in held],
-                step=self._clock.time,
-            )
-        for device, moved in moving.items():
-            params, grads, exp_avgs, hessians, keys = (list(column) for column in zip(*moved, strict=True))
             update.sophia(
-                params,
-                grads,
-                exp_avgs,
-                hessians,
-                lr=group["lr"],
-                beta1=beta1,
+                rows.params,
+                rows.grads,
+                rows.exp_avgs,
+                rows.hessians,
+                lr=lr,
                 gamma=group["gamma"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
                 path=paths[device],
-                scratch=self._scratch,
-                keys=keys,
-                step=self._clock.time,
+                **shared,
             )
+
+    def _place_clock(self) -> bool:
+        """Keep the time where this step needs it. Whether a CUDA graph is being captured."""
+        device = local(self._parameters()[0]).device
+        capturable = [group["capturable"] for group in self.param_groups]
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(capturable):
+            raise RuntimeError(
+                "step() is called while a CUDA graph is captured, which would freeze the time: build the optimizer "
+                "with capturable=True"
+            )
+        if capturing and not self._clock.on_device:
+            raise RuntimeError(
+                "step() is captured in a CUDA graph before it has created its state: take some steps (three, as "
+                "torch's documentation advises) on a side stream before the capture"
+            )
+        if not capturing:
+            self._clock.place(device if any(capturable) else None)
+        return capturing
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `GradScaler`: whether it leaves unscaling, and skipping steps that overflowed, to this optimizer.
+
+        Only on demand, as torch's optimizers do: with fused=None it is `GradScaler` that unscales and withholds steps,
+        and what others build upon that (Lightning's clipping of gradients) goes on working.
+        """
+        return all(group["fused"] or group["capturable"] for group in self.param_groups)
 
     # ---- stats
 
@@ -377,10 +423,20 @@ class Sophia(Optimizer):
         steps = [int(one["step"]) for one in self.state.values() if "step" in one]
         state.adopt_settings(self.param_groups, own, steps=max(steps, default=0))
         self._keys.clear()  # the seed may be another
+        self._skips = Skips()
         self._complete_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Waits for the device where that counts the steps: what is saved is a number."""
+        saved = super().state_dict()
+        time = self._clock.time
+        for group in saved["param_groups"]:
+            group["clock"] = time
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the attachment: a copied or unpickled optimizer is unattached."""
+        self._clock.settle()
         return {
             **super().__getstate__(),
             "_estimator": self._estimator,
@@ -422,9 +478,13 @@ class Sophia(Optimizer):
         self._scratch = update.Scratch()
         self._reach = Reach()
         self._keys: dict[Tensor, tuple[int, ...]] = {}
+        self._skips = Skips()
 
-    def _state(self, p: Tensor) -> dict[str, Any]:
-        return state.complete(self.state[p], p, self._dtype_of_state(p))
+    def _state(self, p: Tensor, step_device: torch.device | None = None) -> dict[str, Any]:
+        own = self.state[p]
+        if own.keys() >= state.KEYS and (step_device is None or own["step"].device == step_device):
+            return own
+        return state.complete(own, p, self._dtype_of_state(p), step_device=step_device)
 
     def _create_state(self) -> None:
         for p in self._parameters():
@@ -442,7 +502,7 @@ class Sophia(Optimizer):
 
     @property
     def _clock(self) -> Clock:
-        return Clock(self.param_groups)
+        return Clock(self.param_groups, self._skips)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -465,7 +525,8 @@ class Sophia(Optimizer):
 
     def _paths(self, group: dict[str, Any]) -> dict[torch.device, update.Path]:
         devices = {p.device for p in group["params"]}
-        return {device: checks.resolve_path(group, device.type) for device in devices}
+        elements = sum(p.numel() for p in self._parameters())
+        return {device: checks.resolve_path(group, device.type, elements) for device in devices}
 
     def _replicas(self) -> Replicas:
         return Replicas(self._process_group, self._gradient_reduction)

@@ -10,16 +10,29 @@ from sophia.optim import checks
 from sophia.optim.clock import FIELDS
 from sophia.optim.reach import UNREACHED
 
+KEYS = frozenset(("step", "exp_avg", "hessian"))
+
 
 def dtype_of_state(p: Tensor, chosen: torch.dtype | None) -> torch.dtype:
     """The dtype of m and h: the one chosen, else fp32, and fp64 for fp64 parameters."""
     return chosen or torch.promote_types(p.dtype, torch.float32)
 
 
-def complete(state: dict[str, Any], p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding."""
+def complete(
+    state: dict[str, Any], p: Tensor, dtype: torch.dtype, *, step_device: torch.device | None = None
+) -> dict[str, Any]:
+    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding.
+
+    Args:
+        state: changed in place.
+        p: the parameter.
+        dtype: of m and h.
+        step_device: where `step` is to be; None leaves it where it is, and starts it on the host.
+    """
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=step_device or "cpu")
+    elif step_device is not None and state["step"].device != step_device:
+        state["step"] = state["step"].to(step_device, non_blocking=True)
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if "hessian" not in state:
@@ -36,18 +49,21 @@ def adopt_state(state: dict[str, Any], loaded: dict[str, Any], p: Tensor, dtype:
     for name, value in loaded.items():
         if name in ("exp_avg", "hessian"):
             state[name] = value.to(device=p.device, dtype=dtype, copy=True)
-        elif name == "step":
+        elif name == "step":  # on the host until a step needs it elsewhere
             state[name] = torch.tensor(float(value), dtype=torch.float32)
 
 
 def adopt_settings(groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], steps: int) -> None:
     """Settings that loaded groups lack take the optimizer's own values.
 
-    Groups without a clock come from another optimizer, or another Sophia: its steps are ours, and no refresh is.
+    Groups without a clock come from another optimizer, or another Sophia: its steps are ours, and no refresh is. How a
+    step is computed is a matter of the place, so those settings stay as they are.
     """
     for group, before in zip(groups, own, strict=True):
         if "clock" not in group:
             group.update({**FIELDS, "clock": steps})
-            group.update({name: before[name] for name in ("curvature_interval", "seed", *checks.PATHS)})
+            group.update({name: before[name] for name in ("curvature_interval", "seed")})
+        group["clock"] = int(group["clock"])  # a device's counter is the number that it shows
+        group.update({name: before[name] for name in checks.PATHS})
         for name, value in before.items():
             group.setdefault(name, value)

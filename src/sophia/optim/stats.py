@@ -38,6 +38,12 @@ def summarise(
         "clip_fraction": clipped / coordinates.clamp_min(1),
         "momentum_norm": momentum.sqrt(),
         "curvature_norm": curvature.sqrt(),
-        "curvature_age": torch.tensor(float(clock.age), device=device),
-        "refused_refreshes": torch.tensor(float(clock.refused), device=device),
+        "curvature_age": _scalar(clock.age, device),
+        "refused_refreshes": _scalar(clock.refused, device),
     }
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):  # the host does not know it
+        return value.to(device=device, dtype=torch.float32, non_blocking=True)
+    return torch.full((), float(value), device=device)

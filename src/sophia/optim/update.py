@@ -75,9 +75,9 @@ def sophia(
         found_inf: 0-D; where it is not 0, nothing is changed.
         grad_scale: 0-D, by which gradients are divided.
     """
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+    if isinstance(lr, Tensor) and kernels.readable(lr):
         lr = float(lr)
-    if found_inf is not None and found_inf.device.type == "cpu":
+    if found_inf is not None and kernels.readable(found_inf):
         if float(found_inf) != 0:
             return
         found_inf = None

@@ -9,12 +9,19 @@ import importlib
 import os
 from types import ModuleType
 
+from torch import Tensor
+
 _MODULES: dict[str, str] = {"cuda": "sophia.optim.kernels.cuda"}  # device type -> module
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs CUDA's kernels on CPU tensors: fused=True is that, then. For tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor without waiting: in main memory, unless the interpreter is the device."""
+    return tensor.device.type == "cpu" and not interpreted()
 
 
 def module(device_type: str) -> ModuleType:
