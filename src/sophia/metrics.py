@@ -91,12 +91,12 @@ class Metrics:
         for tracker in self._trackers:
             tracker.write(record)
 
-    def cut(self, step: int) -> None:
-        """Take back the lines of all steps after ``step``."""
+    def cut(self, step: int, unseen: int = 0) -> None:
+        """Take back the lines of steps after ``step``, and what guards told of the ``unseen`` last ones up to it."""
         if self._file is None:
             return
         self._file.close()
-        _cut(self.path, step)
+        _cut(self.path, step, unseen)
         self._file = io.FileIO(self.path, "a")  # unbuffered: a line is written by one call
         for tracker in self._trackers:
             tracker.cut(step)

@@ -229,7 +229,7 @@ class Trainer:
         event = {"step": step + 1, "event": "rollback", "spike_step": spike, "from_step": came_from}
         event["skipped_batches"] = left_out
         self.progress.rollbacks.append(event)
-        self.metrics.cut(step)
+        self.metrics.cut(step, unseen=len(self.progress.unseen))
         self._tell_rollbacks()
         self.note(f"back to the checkpoint of step {step}; {left_out} batches left out")
         if self.here.main:

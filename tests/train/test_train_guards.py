@@ -191,6 +191,13 @@ def test_stops_between_looks_leave_no_trace(tmp_path, data, monkeypatch, stops, 
     runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_stop_between_looks_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch):
+    disturb(monkeypatch, {12: nan_weights})
+    runs.signal_at(monkeypatch, signal.SIGTERM, 13)
+    assert runs.train(data, tmp_path / "run", **RARELY) == 143
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
+
+
 def outcome(start, *args, **flags):
     """The exit code, or that it crashed."""
     try:
@@ -297,6 +304,17 @@ def test_stops_between_looks_do_not_change_a_rollback(tmp_path, data, monkeypatc
     assert rollback(data, tmp_path / "stopped", **flags) == 143
     assert [runs.resume(tmp_path / "stopped") for _ in stops] == [*[143] * (len(stops) - 1), 0]
     runs.assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_rollback_to_a_stop_between_looks(tmp_path, data, monkeypatch):
+    """Which is where a run goes back to that is resumed with another interval of checkpoints."""
+    disturb(monkeypatch, {41: nan_loss, 43: high(30.0)})
+    runs.signal_at(monkeypatch, signal.SIGTERM, 42)
+    assert rollback(data, tmp_path / "run", **SEEN_LATE) == 143
+    assert runs.resume(tmp_path / "run", checkpoint_interval=1) == 0
+    assert [event["from_step"] for event in events(tmp_path / "run", "rollback")] == [44]
+    assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [42]
+    assert runs.state(runs.latest(tmp_path / "run"))["progress"]["not_finite"] == 1
 
 
 def test_rollbacks_to_one_checkpoint_are_bounded(tmp_path, data, monkeypatch, capsys):
