@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import signal
+from dataclasses import replace
 
 import pytest
 
 from sophia import cli, reference
+from sophia.step import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,44 @@ def test_golden_losses(name, data, tmp_path):
     assert len(shipped) == reference.STEPS
     assert shipped[0] - shipped[-1] > 2
     assert reference.compare(shipped, found)["largest"] <= reference.TOLERANCE
+
+
+FIRST = 13  # steps, in which the curvature is estimated twice
+
+
+def stopped_early(monkeypatch, **changes):
+    """Reference runs have other settings of the optimizer, and are stopped by a signal."""
+    original, settings = Stepper.gradients, reference.settings
+
+    def gradients(self, inputs, targets, *, index):
+        if index == FIRST - 1:
+            signals.received = signal.SIGTERM
+        return original(self, inputs, targets, index=index)
+
+    def changed(*args):
+        chosen = settings(*args)
+        return replace(chosen, optimizer=replace(chosen.optimizer, **changes))
+
+    signals = reference.Signals()
+    monkeypatch.setattr(reference, "Signals", lambda: signals)
+    monkeypatch.setattr(reference, "settings", changed)
+    monkeypatch.setattr(Stepper, "gradients", gradients)
+
+
+def deviation(found):
+    assert len(found) == FIRST
+    return reference.compare(reference.expected()["losses"]["sophia-g"][:FIRST], found)["largest"]
+
+
+def test_the_other_form_of_curvature_noise_does_not_pass(monkeypatch, data, tmp_path):
+    """A hundredth of a nat in few steps: a hundred times the tolerance."""
+    stopped_early(monkeypatch, curvature_noise="signs")
+    assert deviation(reference.measure("sophia-g", data, tmp_path / "run")) > 1e-2
+
+
+def test_another_order_of_sums_passes(monkeypatch, data, tmp_path):
+    stopped_early(monkeypatch)
+    assert deviation(reference.measure("sophia-g", data, tmp_path / "run", micro_batch=3)) < 1e-5
 
 
 def test_what_is_compared():
