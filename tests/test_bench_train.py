@@ -1,5 +1,6 @@
 """The training bench: it trains what it says, and the yardstick is as large as ours."""
 
+import contextlib
 import json
 
 import pytest
@@ -31,18 +32,26 @@ def test_it_measures_all_in_turn(tmp_path, capsys):
     assert ours - theirs == padding * width - biases
 
 
-def test_a_round_moves_the_weights_with_fresh_curvature():
-    settings = TrainBenchSettings(
-        model="nano", vocab_size=70, context=8, rows=3, micro_batch=2, curvature_rows=2, precision="fp32"
-    )
-    config = bench_train.preset("nano").config(70, context=8)
-    for build in (bench_train._theirs, lambda *most: bench_train._ours(*most, "sophia-g")):
-        stepper = build(config, settings, torch.device("cpu"))
-        before = [p.detach().clone() for p in stepper.model.parameters()]
-        bench_train._round(stepper, torch.randint(70, (3, 9)))
-        moved = [not torch.equal(p, old) for p, old in zip(stepper.model.parameters(), before, strict=True)]
-        assert sum(moved) > len(moved) * 0.9
-    assert stepper.optimizers.parts[0].param_groups[0]["accepted_refreshes"] == 1
+@pytest.mark.parametrize("optimizer", [None, "adamw", "sophia-g"])
+def test_a_round_moves_the_weights_with_fresh_curvature(optimizer):
+    settings = TrainBenchSettings(model="nano", vocab_size=70, context=8, rows=3, micro_batch=2, device="cpu")
+    job = bench_train._job(settings)
+    if optimizer is None:
+        loop = bench_train._PlainLoop(job)
+    else:
+        loop = bench_train._Ours(job, bench_train._recipe(settings, optimizer, 3), optimizer)
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    bench_train._round(loop, torch.randint(70, (3, 9)))
+    moved = [not torch.equal(p, old) for p, old in zip(loop.model.parameters(), before, strict=True)]
+    assert sum(moved) > len(moved) * 0.9
+    if optimizer == "sophia-g":
+        assert loop.optimizers.parts[0].param_groups[0]["accepted_refreshes"] == 1
+
+
+def test_what_is_not_said_depends_on_the_device():
+    job = bench_train._job(TrainBenchSettings(device="cpu"))
+    assert (job.rows, job.micro_batch, job.config.context) == (4, 4, 256)
+    assert job.autocast is contextlib.nullcontext
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sophia import machine
+from sophia import bench_memory_loss, machine, peak_memory
 from sophia.bench_result import publish
 from sophia.config import OptimizerSettings
 from sophia.distributed import World
@@ -124,6 +124,8 @@ class MemorySettings:
     """Where to train; each has its own list of cases."""
     only: str | None = None
     """Run the cases of this preset only."""
+    loss: bool = False
+    """Compare the chunked loss with the plain one instead: memory and time at 8 x 1024 predictions of 50304 ids."""
     out: Path | None = None
     """Write the result to this JSON file."""
     json: bool = False
@@ -133,6 +135,8 @@ class MemorySettings:
         """Refuse what cannot be measured."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no CUDA device here: use --device cpu")
+        if self.loss and self.only is not None:
+            raise ValueError(f"only is {self.only!r}, but the loss is compared without a preset: leave one of both out")
         if not self.cases:
             known = ", ".join(dict.fromkeys(case.model for case in _cases(self.device)))
             raise ValueError(f"only is {self.only!r}, but the cases on {self.device} are of {known}")
@@ -146,6 +150,10 @@ class MemorySettings:
 def memory(settings: Annotated[MemorySettings, tyro.conf.arg(name="")]) -> None:
     """Measure the peak memory of training steps beside the estimate of `sophia plan`."""
     console = Console(stderr=settings.json)
+    if settings.loss:
+        found = bench_memory_loss.compare(settings.device, console)
+        publish(found, bench_memory_loss.table, console, out=settings.out, as_json=settings.json)
+        return
     rows = [
         measure(case, settings.device)
         for case in track(settings.cases, description="training in fresh processes", console=console, transient=True)
@@ -178,10 +186,10 @@ def work(words: str) -> None:
     case = Case(**settings)
     tiny = GPTConfig(vocab_size=64, context=8, layers=1, heads=2, width=16, activation_checkpointing=case.checkpointing)
     _train(tiny, dataclasses.replace(case, rows=4, micro_batch=2), device)
-    before = _memory_now(device)
-    _reset_peak(device)
+    before = peak_memory.now(device)
+    peak_memory.reset(device)
     _train(case.config, case, device)
-    print(json.dumps({"peak": _peak(device) - before}))
+    print(json.dumps({"peak": peak_memory.peak(device) - before}))
 
 
 def _train(config: GPTConfig, case: Case, device: torch.device) -> None:
@@ -214,30 +222,6 @@ def _train(config: GPTConfig, case: Case, device: torch.device) -> None:
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _memory_now(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else _status("VmRSS")
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    path = Path("/proc/self/status")
-    if not path.exists():
-        raise ValueError(f"resident memory on the CPU is read from {path}, which this system does not have: use Linux")
-    lines = path.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _cases(device: str) -> tuple[Case, ...]:

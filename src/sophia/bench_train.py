@@ -1,14 +1,16 @@
-"""`sophia bench train`: training steps of our GPT-2 and of transformers' on the same batches, in one interleaved run.
+"""`sophia bench train`: training steps of ours and of a plain loop around transformers' GPT-2, in one interleaved run.
 
-The yardstick is what people use today: transformers' GPT-2 with scaled_dot_product_attention and torch's fused AdamW,
-compiled or not as ours is. The batches are random ids; what a step costs does not depend on them.
+The yardstick is the loop that people write: `model(input_ids, labels=...)` with its own loss, gradient clipping and
+torch's fused AdamW, with scaled_dot_product_attention, on the same batches in the same precision, compiled or not as
+ours is. The ids are random; what a step costs does not depend on them.
 """
 
 import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +29,7 @@ from sophia.config import OptimizerName, OptimizerSettings
 from sophia.distributed import World, pick_device
 from sophia.model import GPT, GPTConfig, padded_vocabulary
 from sophia.optimizers import Optimizers
-from sophia.presets import preset
+from sophia.presets import default_curvature, preset
 from sophia.step import Stepper
 
 # A round is as many steps as there are from one curvature estimate to the next, so that each round pays for one.
@@ -44,19 +46,20 @@ class TrainBenchSettings:
     vocab_size: int = 50257
     """Token ids; our model pads them."""
     context: int | None = None
-    """Tokens in a sequence; None is the preset's."""
-    rows: int = 32
-    """Sequences in a step."""
-    micro_batch: int = 32
-    """Sequences in one forward pass."""
-    curvature_rows: int = 4
-    """Sequences of the step from which Sophia estimates its curvature, one chunk each."""
+    """Tokens in a sequence; None is the preset's, on the CPU at most 256."""
+    rows: int | None = None
+    """Sequences in a step; None is 32, on the CPU 4."""
+    micro_batch: int | None = None
+    """Sequences in one forward pass; None is all of a step."""
+    curvature_rows: int | None = None
+    """Sequences of the step from which Sophia estimates its curvature, at most four chunks; None is what the trainer
+    takes."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sophia-g")
     """What trains our model."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where it is trained."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Under autocast to bf16, or plain."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Under autocast to bf16, or plain; auto is bf16 on CUDA and fp32 elsewhere."""
     compile: bool = False
     """Compile all models with torch.compile."""
     rounds: int = 5
@@ -71,26 +74,85 @@ class TrainBenchSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
-        for name in ("vocab_size", "rows", "micro_batch", "curvature_rows", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.curvature_rows > self.rows:
+        for name in ("vocab_size", "context", "rows", "micro_batch", "curvature_rows", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.rows and self.curvature_rows and self.curvature_rows > self.rows:
             raise ValueError(f"curvature_rows is {self.curvature_rows}, but a step has {self.rows} rows: choose fewer")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops is {self.peak_tflops}: it must be positive")
 
 
-class _Logits(nn.Module):
-    """A model of transformers that returns its logits alone, as ours does."""
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all of them do."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    config: GPTConfig
+    """Our model's shape."""
+    device: torch.device
+    """Where."""
+    rows: int
+    """Sequences in a step."""
+    micro_batch: int
+    """Sequences in one forward pass."""
+    autocast: Callable[[], AbstractContextManager[object]]
+    """Makes the context of a forward pass."""
+    compile: bool
+    """Whether models are compiled."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids [batch, time] -> logits [batch, time, vocab]."""
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits
+
+class _PlainLoop:
+    """The yardstick."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.model = _gpt2_of_transformers(job.config).to(job.device)
+        if job.compile:
+            self.model.compile(dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=6e-6, betas=(0.9, 0.95), fused=True)
+
+    def step(self, ids: Tensor, index: int) -> None:
+        """Learn from ids [rows, context + 1], as far as the context goes."""
+        self.optimizer.zero_grad()
+        size = self.job.micro_batch
+        parts = [ids[start : start + size, :-1] for start in range(0, len(ids), size)]
+        for part in parts:
+            with self.job.autocast():
+                loss = self.model(input_ids=part, labels=part, use_cache=False).loss / len(parts)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+class _Ours:
+    """The trainer's step."""
+
+    def __init__(self, job: _Job, recipe: Mapping[str, Any], optimizer: OptimizerName) -> None:
+        self.model = GPT(job.config, torch.Generator().manual_seed(0)).to(job.device)
+        if job.compile:
+            self.model.compile(dynamic=False)
+        self.optimizers = Optimizers(OptimizerSettings(optimizer=optimizer, **recipe), self.model, seed=0)
+        self.optimizers.set_lr(0.01)  # the weights hardly matter, but must stay finite
+        self.stepper = Stepper(
+            model=self.model,
+            optimizers=self.optimizers,
+            here=World(rank=0, size=1, device=job.device),
+            rows=range(job.rows),
+            total_rows=job.rows,
+            micro_batch=job.micro_batch,
+            max_grad_norm=1.0,
+            seed=0,
+            autocast=job.autocast,
+        )
+
+    def step(self, ids: Tensor, index: int) -> None:
+        """Learn from ids [rows, context + 1]."""
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        self.stepper.refresh(inputs, targets)
+        self.stepper.gradients(inputs, targets, index=index)
+        self.stepper.clip()
+        self.optimizers.step()
 
 
 def train(settings: Annotated[TrainBenchSettings, tyro.conf.arg(name="")]) -> None:
@@ -101,37 +163,39 @@ def train(settings: Annotated[TrainBenchSettings, tyro.conf.arg(name="")]) -> No
 
 def measure(settings: TrainBenchSettings, console: Console) -> dict[str, Any]:
     """Run the rounds: {"settings", "machine", "results": {name: {"tokens_per_second", "ratio", "mfu", …}}}."""
-    device = pick_device(settings.device)
-    base = preset(settings.model)
-    config = base.config(
-        settings.vocab_size,
-        context=settings.context or base.context,
-        padded_vocab_size=padded_vocabulary(settings.vocab_size, 64),
-    )
+    job = _job(settings)
+    device = job.device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(settings.vocab_size, (settings.rows, config.context + 1), generator=generator).to(device)
-    builders: dict[str, Callable[[], Stepper]] = {_YARDSTICK: functools.partial(_theirs, config, settings, device)}
+    ids = torch.randint(settings.vocab_size, (job.rows, job.config.context + 1), generator=generator).to(device)
+    builders: dict[str, Callable[[], _PlainLoop | _Ours]] = {_YARDSTICK: functools.partial(_PlainLoop, job)}
     for optimizer in settings.optimizers:
-        builders[f"ours, {optimizer}"] = functools.partial(_ours, config, settings, device, optimizer)
-    steppers: dict[str, Stepper] = {}
+        recipe = _recipe(settings, optimizer, job.rows)
+        builders[f"ours, {optimizer}"] = functools.partial(_Ours, job, recipe, optimizer)
+    loops: dict[str, _PlainLoop | _Ours] = {}
     memory: dict[str, int | None] = {}
     for name, build in builders.items():
         console.print(f"warming up: {name}", highlight=False)
         before = _begin_memory(device)
-        steppers[name] = build()
-        _round(steppers[name], ids)
+        loops[name] = build()
+        _round(loops[name], ids, steps=2)  # the first of which estimates curvature
         memory[name] = _end_memory(device, before)
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+        if name.startswith("ours, sophia"):
+            _round(loops[name], ids, steps=_STEPS - 2)  # to the next estimate, with which a round begins
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in track(range(settings.rounds), description="timing rounds of ten steps", console=console, transient=True):
-        for name, stepper in steppers.items():
-            seconds[name].append(_timed(functools.partial(_round, stepper, ids), device))
-    tokens = _STEPS * settings.rows * config.context
-    flops = flops_per_token(config)
+        for name, loop in loops.items():
+            seconds[name].append(_timed(functools.partial(_round, loop, ids), device))
+    tokens = _STEPS * job.rows * job.config.context
+    flops = flops_per_token(job.config)
     return {
         "bench": "train",
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+        "settings": {
+            **{name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+            **{"device": device.type, "precision": _precision(settings, device), "context": job.config.context},
+            **{"rows": job.rows, "micro_batch": job.micro_batch},
+        },
         "machine": machine.describe(),
-        "parameters": {name: sum(p.numel() for p in stepper.model.parameters()) for name, stepper in steppers.items()},
+        "parameters": {name: sum(p.numel() for p in loop.model.parameters()) for name, loop in loops.items()},
         "flops_per_token": flops,
         "results": {
             name: _summary(times, seconds[_YARDSTICK], tokens, flops, settings.peak_tflops, memory[name])
@@ -140,7 +204,48 @@ def measure(settings: TrainBenchSettings, console: Console) -> dict[str, Any]:
     }
 
 
-def _theirs(config: GPTConfig, settings: TrainBenchSettings, device: torch.device) -> Stepper:
+def _job(settings: TrainBenchSettings) -> _Job:
+    device, base = pick_device(settings.device), preset(settings.model)
+    on_cpu = device.type == "cpu"
+    rows = settings.rows or (4 if on_cpu else 32)
+    if settings.curvature_rows is not None and settings.curvature_rows > rows:
+        raise ValueError(f"curvature_rows is {settings.curvature_rows}, but a step has {rows} rows: choose fewer")
+    config = base.config(
+        settings.vocab_size,
+        context=settings.context or (min(256, base.context) if on_cpu else base.context),
+        padded_vocab_size=padded_vocabulary(settings.vocab_size, 64),
+    )
+    low = _precision(settings, device) == "bf16"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return _Job(
+        config=config,
+        device=device,
+        rows=rows,
+        micro_batch=min(settings.micro_batch or rows, rows),
+        autocast=autocast if low else contextlib.nullcontext,
+        compile=settings.compile,
+    )
+
+
+def _precision(settings: TrainBenchSettings, device: torch.device) -> str:
+    if settings.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return settings.precision
+
+
+def _recipe(settings: TrainBenchSettings, optimizer: OptimizerName, rows: int) -> dict[str, Any]:
+    recipe: dict[str, Any] = dict(preset(settings.model).recipes[optimizer])
+    wanted, chunks = default_curvature(rows)
+    if settings.curvature_rows is not None:
+        wanted, chunks = settings.curvature_rows, min(chunks, settings.curvature_rows)
+    if optimizer.startswith("sophia"):
+        recipe["curvature_rows"] = wanted
+    if optimizer == "sophia-g":
+        recipe["curvature_chunks"] = chunks
+    return recipe
+
+
+def _gpt2_of_transformers(config: GPTConfig) -> nn.Module:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
@@ -156,45 +261,13 @@ def _theirs(config: GPTConfig, settings: TrainBenchSettings, device: torch.devic
         "attn_implementation": "sdpa",
     }
     torch.manual_seed(0)
-    return _stepper(_Logits(GPT2LMHeadModel(GPT2Config(**shape))).to(device), settings, device, "adamw")
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**shape)).train()
+    return model
 
 
-def _ours(config: GPTConfig, settings: TrainBenchSettings, device: torch.device, optimizer: OptimizerName) -> Stepper:
-    model = GPT(config, torch.Generator().manual_seed(0)).to(device)
-    return _stepper(model, settings, device, optimizer)
-
-
-def _stepper(model: nn.Module, settings: TrainBenchSettings, device: torch.device, optimizer: OptimizerName) -> Stepper:
-    recipe: dict[str, Any] = dict(preset(settings.model).recipes[optimizer])
-    if optimizer.startswith("sophia"):
-        recipe["curvature_rows"] = settings.curvature_rows
-    if optimizer == "sophia-g":
-        recipe["curvature_chunks"] = settings.curvature_rows
-    if settings.compile:
-        model.compile(dynamic=False)
-    optimizers = Optimizers(OptimizerSettings(optimizer=optimizer, **recipe), model, seed=0)
-    optimizers.set_lr(0.01)  # the weights hardly matter, but must stay finite
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
-    return Stepper(
-        model=model,
-        optimizers=optimizers,
-        here=World(rank=0, size=1, device=device),
-        rows=range(settings.rows),
-        total_rows=settings.rows,
-        micro_batch=settings.micro_batch,
-        max_grad_norm=1.0,
-        seed=0,
-        autocast=autocast if settings.precision == "bf16" else contextlib.nullcontext,
-    )
-
-
-def _round(stepper: Stepper, ids: Tensor) -> None:
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    for index in range(_STEPS):
-        stepper.refresh(inputs, targets)
-        stepper.gradients(inputs, targets, index=index)
-        stepper.clip()
-        stepper.optimizers.step()
+def _round(loop: _PlainLoop | _Ours, ids: Tensor, steps: int = _STEPS) -> None:
+    for index in range(steps):
+        loop.step(ids, index)
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:
@@ -246,7 +319,8 @@ def _summary(
 def _table(result: dict[str, Any]) -> Table:
     settings = result["settings"]
     table = Table(
-        title=f"Training {settings['model']}: {settings['rows']} sequences a step, {settings['precision']}",
+        title=f"Training {settings['model']}: {settings['rows']} x {settings['context']} tokens a step, "
+        f"{settings['precision']}, {'compiled' if settings['compile'] else 'eager'}, {settings['device']}",
         title_justify="left",
     )
     for heading in ("", "tokens/s", "of transformers", "MFU", "peak memory"):
