@@ -6,7 +6,6 @@ over instead: :data:`deferred_logits`.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,20 +85,24 @@ class _Readout:
         >>> optimizer.refresh_curvature(lambda: model(tokens, readout=sophia.curvature.deferred_logits))
     """
 
-    def __init__(self) -> None:
-        self._call: Callable[[Tensor, Tensor, int | None], Tensor] = _remember
+    _known_to_compiler = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, vocab_size: int | None = None) -> Tensor:
-        return self._call(hidden, weight, vocab_size)
+        return _remember(hidden, weight, vocab_size)
+
+    def __reduce__(self) -> str:
+        return "deferred_logits"  # copies and pickles are the one that there is
 
     def keep_from_compiler(self) -> None:
         """Have compiled models call the readout eagerly; to be called before they do."""
         # Only where the compiler is loaded: without it none can be compiled, and loading it takes seconds.
-        if "torch._dynamo" in sys.modules and self._call is _remember:
-            self._call = torch.compiler.disable(  # type: ignore[no-untyped-call]
-                _remember,
+        if "torch._dynamo" in sys.modules and not self._known_to_compiler:
+            # The class's: a call through an attribute would be a frame of its own, which the compiler looks into.
+            _Readout.__call__ = torch.compiler.disable(  # type: ignore[method-assign, no-untyped-call]
+                _Readout.__call__,
                 reason="deferred_logits runs eagerly: with fullgraph=True hand plain logits to refresh_curvature()",
             )
+            _Readout._known_to_compiler = True
 
 
 def deferred_head(output: Tensor) -> Head | None:
