@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from sophia import checkpoint, optimizers
 from sophia.distributed import World
+from sophia.optim import kernels
 from sophia.step import Stepper
 from tests.distributed import training
 
@@ -45,10 +46,11 @@ def disturbed(settings, damage, far):
         patch.setattr(Stepper, "gradients", gradients)
         if far:
             patch.setattr(optimizers, "_READ_AT_ONCE", frozenset())
+            patch.setattr(kernels, "readable", lambda tensor: False)
         training.run(settings)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sophia-g"])
 @pytest.mark.parametrize(("parallel", "damage"), [("ddp", "loss"), ("fsdp", "loss"), ("fsdp", "gradient")])
 def test_what_is_not_finite_on_one_rank_leaves_out_the_update_on_all(ranks, tmp_path, optimizer, parallel, damage):
     data = training.write_data(tmp_path / "data")

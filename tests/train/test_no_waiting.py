@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sophia import optimizers
+from sophia.optim import kernels
+from sophia.optim.sophia import Sophia
 from sophia.optimizers import Optimizers
 from sophia.step import Stepper
 from sophia.train import Trainer
@@ -26,7 +28,8 @@ class Reads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found, self._allowed, self._methods = [], 0, _Methods(self)
+        self.found, self.in_refreshes, self._methods = [], [], _Methods(self)
+        self._allowed = self._allowed_reads = self._refreshes = 0
 
     @contextlib.contextmanager
     def allowed(self):
@@ -36,8 +39,20 @@ class Reads(TorchDispatchMode):
         finally:
             self._allowed -= 1
 
+    @contextlib.contextmanager
+    def refresh(self):
+        """As `allowed`; `in_refreshes` has the numbers of those in which something was read."""
+        before = self._allowed_reads
+        with self.allowed():
+            yield
+        if self._allowed_reads > before:
+            self.in_refreshes.append(self._refreshes)
+        self._refreshes += 1
+
     def note(self, name):
-        if not self._allowed:
+        if self._allowed:
+            self._allowed_reads += 1
+        else:
             places = [f"{frame.name} ({frame.filename.rpartition('/')[2]})" for frame in traceback.extract_stack()]
             self.found.append(f"{name} by {' < '.join(reversed(places[-8:-2]))}")
 
@@ -88,13 +103,16 @@ class SyncErrors:
         finally:
             self.__enter__()
 
+    refresh = allowed
 
-def allow(monkeypatch, reads, owner, *names):
+
+def allow(monkeypatch, context, owner, *names):
+    """Run these methods in a context."""
     for name in names:
         original = getattr(owner, name)
 
         def within(*args, _original=original, **kwargs):
-            with reads.allowed():
+            with context():
                 return _original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, within)
@@ -108,9 +126,9 @@ def watched(monkeypatch, reads):
         with reads:
             return run(self)
 
-    allow(monkeypatch, reads, Trainer, *_LOOKS)
+    allow(monkeypatch, reads.allowed, Trainer, *_LOOKS)
     # The one exemption: an estimate of the curvature, every tenth step, may read whether it was finite.
-    allow(monkeypatch, reads, Stepper, "refresh")
+    allow(monkeypatch, reads.refresh, Stepper, "refresh")
     monkeypatch.setattr(Trainer, "run", watched_run)
     runs.without_plots(monkeypatch)
 
@@ -127,27 +145,46 @@ FLAGS = {"log_interval": 4, "eval_interval": 6, "checkpoint_interval": 5}
 def test_on_the_cpu_one_flag_is_read_which_lies_there_already(tmp_path, data, monkeypatch, optimizer):
     reads = Reads()
     watched(monkeypatch, reads)
-    allow(monkeypatch, reads, Optimizers, "_leaves_out")
+    allow(monkeypatch, reads.allowed, Optimizers, "_leaves_out")
     assert runs.train(data, tmp_path / "run", optimizer=optimizer, **FLAGS) == 0
     assert reads.found == []
+    assert reads.in_refreshes == ([0, 10] if optimizer.startswith("sophia") else [])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
-def test_as_on_a_gpu(tmp_path, data, monkeypatch, optimizer):
-    """With parameters that the host takes to be far away. Muon cannot leave a step out by itself."""
+def far_away(monkeypatch):
+    """Take main memory to be as far away as a GPU's, and Sophia's steps by the operations that run there, too."""
     monkeypatch.setattr(optimizers, "_READ_AT_ONCE", frozenset())
+    monkeypatch.setattr(kernels, "readable", lambda tensor: False)
+    build = optimizers._build
+
+    def built(*args):
+        parts = build(*args)
+        for part in parts:
+            if isinstance(part, Sophia):
+                for group in part.param_groups:
+                    group["foreach"] = True
+        return parts
+
+    monkeypatch.setattr(optimizers, "_build", built)
+
+
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "adamw", "lion", "muon"])
+def test_as_on_a_gpu(tmp_path, data, monkeypatch, optimizer):
+    """Muon cannot leave a step out by itself."""
+    far_away(monkeypatch)
     reads = Reads()
     watched(monkeypatch, reads)
     assert runs.train(data, tmp_path / "run", optimizer=optimizer, **FLAGS) == 0
     assert len(reads.found) == (12 if optimizer == "muon" else 0), reads.found
     assert all("_leaves_out" in place for place in reads.found)
+    assert reads.in_refreshes == ([0, 10] if optimizer.startswith("sophia") else [])
 
 
 @pytest.mark.parametrize("method", ["item", "tolist", "__bool__", "numpy"])
 def test_a_read_in_the_loop_is_found(tmp_path, data, monkeypatch, method):
     reads = Reads()
     watched(monkeypatch, reads)
-    allow(monkeypatch, reads, Optimizers, "_leaves_out")
+    allow(monkeypatch, reads.allowed, Optimizers, "_leaves_out")
     clip = Stepper.clip
 
     def reading(self):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sophia import optimizers as optimizers_module
 from sophia.config import OptimizerSettings
 from sophia.model import GPT, GPTConfig
+from sophia.optim import kernels
 from sophia.optim.lion import Lion
 from sophia.optimizers import CurvatureBatch, Optimizers, parameter_groups
 
@@ -150,6 +151,7 @@ def test_each_lowers_the_loss_and_takes_the_schedule(name):
 def _trained(name, skips, *, far=True, monkeypatch):
     """Parameters and state after a step for each of `skips`; None calls step() without a flag."""
     monkeypatch.setattr(optimizers_module, "_READ_AT_ONCE", frozenset() if far else frozenset({"cpu"}))
+    monkeypatch.setattr(kernels, "readable", lambda tensor: not far)
     model, optimizers = build(name)
     inputs, targets = batch()
     for skip in skips:
@@ -171,7 +173,7 @@ def _trained(name, skips, *, far=True, monkeypatch):
     return tensors, any(hasattr(part, "found_inf") for part in optimizers.parts)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sophia-g", "sophia-h"])
 @pytest.mark.parametrize("far", [True, False], ids=["on a GPU", "on the CPU"])
 def test_a_flag_leaves_out_an_update_as_if_it_had_not_been(name, far, monkeypatch):
     """Also the first one, and bit for bit; and where it is not raised, nothing is different."""
