@@ -50,7 +50,7 @@ ARGUMENTS = [
     ({"state_dtype": "fp32"}, "state_dtype='fp32' must be"),
     ({"estimator": "gnb"}, "estimator='gnb' has no estimate.* method: give an instance"),
     ({"estimator": GaussNewtonBartlett}, r"a class: give an instance, GaussNewtonBartlett\(\)"),
-    ({"fused": True}, "fused=True cannot run: there is no fused kernel for cpu: leave fused=None"),
+    ({"fused": True, "foreach": True}, "foreach=True and fused=True ask for two paths at once"),
     ({"capturable": True}, "capturable=True needs .*leave it False"),
     # What other implementations call it, and slips of the pen.
     ({"rho": 0.04}, "'rho': the official code's rho is gamma here"),
@@ -113,7 +113,7 @@ def test_estimator(build, message):
         ({"clock": 5}, "'clock' in a param group: the optimizer keeps its own there; use another name"),
         ({"rho": 0.05}, "a param group has no setting 'rho': the official code's rho is gamma here"),
         ({"weight_decy": 0.1}, "a param group has no setting 'weight_decy': did you mean 'weight_decay'"),
-        ({"fused": True}, "fused=True cannot run"),
+        ({"fused": True, "foreach": True}, "foreach=True and fused=True ask for two paths at once"),
     ],
 )
 def test_param_group(settings, message):

@@ -34,6 +34,8 @@ def strided(x):
     return view
 
 
+# What makes an optimizer take each path of `update`.
+PATHS = {"sliced": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LAYOUTS = [contiguous, transposed, channels_last, strided]
 SHAPES = [(3, 5), (64, 33), (1, 1), (0, 4)]
@@ -80,12 +82,12 @@ def compare(result, reference, dtype):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_paths_agree_with_the_reference(device, foreach, dtype, shape, settings):
+def test_paths_agree_with_the_reference(device, path, dtype, shape, settings):
     theta, grads, estimates = draw(shape, dtype, seed=1)
     settings = {"lr": 0.05, **settings}
-    result, optimizer = run(theta, grads, estimates, device=device, foreach=foreach, **settings)
+    result, optimizer = run(theta, grads, estimates, device=device, **PATHS[path], **settings)
     expected, m, h = reference_sophia(theta, grads, estimates, **settings)
     compare(result, expected, dtype)
     state = next(iter(optimizer.state.values()))
@@ -98,12 +100,12 @@ def test_paths_agree_with_the_reference(device, foreach, dtype, shape, settings)
 
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("block", [16, 1 << 18])
-def test_layouts_do_not_matter(foreach, layout, grad_layout, block, monkeypatch):
+def test_layouts_do_not_matter(path, layout, grad_layout, block, monkeypatch):
     monkeypatch.setattr(update, "BLOCK", block)  # 16: a small tensor is cut like a large one
     theta, grads, estimates = draw((12, 10), torch.float32, seed=2)
-    result, _ = run(theta, grads, estimates, layout, grad_layout, foreach=foreach, lr=0.05)
+    result, _ = run(theta, grads, estimates, layout, grad_layout, **PATHS[path], lr=0.05)
     expected, _, _ = reference_sophia(theta, grads, estimates, lr=0.05)
     compare(result, expected, torch.float32)
 
@@ -116,14 +118,14 @@ def test_expanded_gradients_are_read_correctly():
     compare(result, expected, torch.float32)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_slices_and_buckets_cover_large_tensors(foreach, monkeypatch):
+@pytest.mark.parametrize("path", PATHS)
+def test_slices_and_buckets_cover_large_tensors(path, monkeypatch):
     monkeypatch.setattr(update, "BUCKET", 1000)
     shape = (update.BLOCK // 100 + 7, 101)  # more than one slice, and no multiple of it
     theta, grads, estimates = draw(shape, torch.float32, seed=4)
     small, small_grads, small_estimates = draw((5,), torch.float32, seed=5)
     params = [torch.nn.Parameter(small.clone()), torch.nn.Parameter(theta.clone()), torch.nn.Parameter(small.clone())]
-    optimizer = Sophia(params, lr=0.05, foreach=foreach)
+    optimizer = Sophia(params, lr=0.05, **PATHS[path])
     for g, e, sg, se in zip(grads, estimates, small_grads, small_estimates, strict=True):
         if e is not None:
             optimizer.update_curvature([se, e, se])
@@ -135,10 +137,10 @@ def test_slices_and_buckets_cover_large_tensors(foreach, monkeypatch):
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_state_dtype_is_kept_and_arithmetic_is_precise(foreach, dtype, state_dtype):
+@pytest.mark.parametrize("path", PATHS)
+def test_state_dtype_is_kept_and_arithmetic_is_precise(path, dtype, state_dtype):
     theta, grads, estimates = draw((8, 9), dtype, seed=6)
-    result, optimizer = run(theta, grads, estimates, foreach=foreach, state_dtype=state_dtype, lr=0.05)
+    result, optimizer = run(theta, grads, estimates, **PATHS[path], state_dtype=state_dtype, lr=0.05)
     state = next(iter(optimizer.state.values()))
     assert state["exp_avg"].dtype == state["hessian"].dtype == state_dtype
     expected, _, _ = reference_sophia(theta, grads, estimates, lr=0.05)
@@ -147,13 +149,13 @@ def test_state_dtype_is_kept_and_arithmetic_is_precise(foreach, dtype, state_dty
     compare(result, expected, torch.bfloat16 if low else torch.float32)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_parameters_of_several_dtypes_and_groups(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_parameters_of_several_dtypes_and_groups(path):
     drawn = [draw((7, 3), dtype, seed=i) for i, dtype in enumerate(TOLERANCE)]
     params = [torch.nn.Parameter(theta.clone()) for theta, _, _ in drawn]
     settings = [{"lr": 0.1}, {"lr": 0.05, "gamma": 0.2}, {"lr": 0.02, "weight_decay": 0.0}, {"betas": (0.5, 0.9)}]
     optimizer = Sophia(
-        [{"params": [p], **own} for p, own in zip(params, settings, strict=True)], lr=0.01, foreach=foreach
+        [{"params": [p], **own} for p, own in zip(params, settings, strict=True)], lr=0.01, **PATHS[path]
     )
     for t in range(STEPS):
         if t in REFRESHED:
@@ -166,11 +168,11 @@ def test_parameters_of_several_dtypes_and_groups(foreach):
         compare(p.detach(), expected, p.dtype)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_zero_curvature_is_sign_momentum(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_zero_curvature_is_sign_momentum(path):
     theta, grads, _ = draw((40,), torch.float64, seed=7)
     zeros = [torch.zeros(40) if t == 0 else None for t in range(STEPS)]
-    result, _ = run(theta, grads, zeros, foreach=foreach, lr=0.05, weight_decay=0.0)
+    result, _ = run(theta, grads, zeros, **PATHS[path], lr=0.05, weight_decay=0.0)
     m, expected = torch.zeros(40, dtype=torch.float64), theta.clone()
     for g in grads:
         m = 0.96 * m + 0.04 * g
@@ -178,12 +180,12 @@ def test_zero_curvature_is_sign_momentum(foreach):
     compare(result, expected, torch.float64)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_large_curvature_is_newton_in_momentum(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_large_curvature_is_newton_in_momentum(path):
     theta, grads, _ = draw((40,), torch.float64, seed=8)
     curvature = torch.rand(40, dtype=torch.float64) + 1e6
     estimates = [curvature if t == 0 else None for t in range(STEPS)]
-    result, _ = run(theta, grads, estimates, foreach=foreach, lr=0.05, weight_decay=0.0)
+    result, _ = run(theta, grads, estimates, **PATHS[path], lr=0.05, weight_decay=0.0)
     m, expected = torch.zeros(40, dtype=torch.float64), theta.clone()
     for g in grads:
         m = 0.96 * m + 0.04 * g
@@ -191,21 +193,21 @@ def test_large_curvature_is_newton_in_momentum(foreach):
     compare(result, expected, torch.float64)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_negative_curvature_is_clipped_like_none(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_negative_curvature_is_clipped_like_none(path):
     theta, grads, _ = draw((40,), torch.float64, seed=9)
     negative = [torch.full((40,), -5.0) if t == 0 else None for t in range(STEPS)]
     zero = [torch.zeros(40) if t == 0 else None for t in range(STEPS)]
-    assert torch.equal(run(theta, grads, negative, foreach=foreach)[0], run(theta, grads, zero, foreach=foreach)[0])
+    assert torch.equal(run(theta, grads, negative, **PATHS[path])[0], run(theta, grads, zero, **PATHS[path])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_vanishing_momentum_and_curvature_do_not_divide_zero_by_zero(foreach, dtype):
+@pytest.mark.parametrize("path", PATHS)
+def test_vanishing_momentum_and_curvature_do_not_divide_zero_by_zero(path, dtype):
     # Trap 9: 1e-12 rounds to zero in fp16.
     theta = torch.ones(5, dtype=dtype)
     zeros = torch.zeros(5)
-    result, _ = run(theta, [zeros.to(dtype)] * 2, [zeros, None], foreach=foreach, lr=0.1, weight_decay=0.0)
+    result, _ = run(theta, [zeros.to(dtype)] * 2, [zeros, None], **PATHS[path], lr=0.1, weight_decay=0.0)
     assert torch.equal(result, theta)
 
 

@@ -231,8 +231,7 @@ def resolve_path(group: dict[str, Any], device_type: str, elements: int = 0) -> 
         return "fused"
     if group["foreach"] is not None:
         return "foreach" if group["foreach"] else "sliced"
-    interpreted = device_type == "cpu" and kernels.interpreted()  # very slow: on demand only
-    if group["fused"] is None and not interpreted and kernels.problem(device_type) is None:
+    if group["fused"] is None and kernels.pays(device_type, elements) and kernels.problem(device_type) is None:
         return "fused"
     return "foreach" if device_type == "cuda" else "sliced"
 

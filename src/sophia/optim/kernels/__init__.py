@@ -11,7 +11,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-_MODULES: dict[str, str] = {"cuda": "sophia.optim.kernels.cuda"}  # device type -> module
+_MODULES = {"cpu": "sophia.optim.kernels.cpu", "cuda": "sophia.optim.kernels.cuda"}
+
+# Elements of an optimizer from which a kernel earns back, in some thousand steps, the second that numba takes.
+_LEAST_ELEMENTS = {"cpu": 1 << 20}
 
 
 def interpreted() -> bool:
@@ -37,3 +40,10 @@ def problem(device_type: str) -> str | None:
         return f"there is no fused kernel for {device_type}: leave fused=None, which takes the fastest path there is"
     answer: str | None = module(device_type).problem()
     return answer
+
+
+def pays(device_type: str, elements: int) -> bool:
+    """Whether a kernel is worth its compilation for so many elements, where nobody has asked for it."""
+    if device_type == "cpu" and interpreted():  # very slow: on demand only
+        return False
+    return elements >= _LEAST_ELEMENTS.get(device_type, 0)
