@@ -43,7 +43,7 @@ class Skips:
         """One more step, which is skipped where found_inf is not zero."""
         if self.count is None:
             self.count = torch.zeros((), dtype=torch.int64, device=found_inf.device)
-        self.count += (found_inf != 0).reshape(()).to(self.count.device)
+        self.count += (found_inf != 0).to(self.count.device)
         self.calls += 1
 
     def take(self) -> int:
@@ -154,7 +154,7 @@ class Clock:
         """Count a step, unless found_inf, on the device, is not zero."""
         clock = self._groups[0]["clock"]
         if isinstance(clock, Tensor):  # in place: a CUDA graph knows it by its address
-            clock += 1 if found_inf is None else (found_inf == 0).reshape(()).to(clock.device)
+            clock += 1 if found_inf is None else (found_inf == 0).to(clock.device)
             return
         self._set(clock=clock + 1)
         if found_inf is not None:

@@ -89,11 +89,16 @@ def gather(
 def count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """Add 1 to each, unless found_inf, where they are, is not zero."""
     if found_inf is not None:
-        torch._foreach_add_(steps, (found_inf == 0).reshape(()).to(torch.float32))
+        torch._foreach_add_(steps, [(found_inf == 0).to(torch.float32)] * len(steps))
     elif steps[0].device.type == "cpu":  # a python number would be wrapped into a tensor for each of them
         torch._foreach_add_(steps, torch.ones(()), alpha=1)
     else:
         torch._foreach_add_(steps, 1)
+
+
+def as_scalar(value: Tensor | None) -> Tensor | None:
+    """A tensor of one number as 0-D: `GradScaler` has them in one dimension."""
+    return None if value is None else value.reshape(())
 
 
 @overload

@@ -17,7 +17,7 @@ from sophia.optim.curvature import Estimator, GaussNewtonBartlett, Hutchinson
 from sophia.optim.dtensor import local, localise, shard_index
 from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
-from sophia.optim.rows import count_steps, gather, on_device
+from sophia.optim.rows import as_scalar, count_steps, gather, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -254,7 +254,7 @@ class Sophia(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = (as_scalar(getattr(self, name, None)) for name in ("found_inf", "grad_scale"))
         paths = [self._paths(group) for group in self.param_groups]
         checks.check_gradients(self._parameters())
         capturing = self._place_clock()
