@@ -144,6 +144,7 @@ class _Ours:
             max_grad_norm=1.0,
             seed=0,
             autocast=job.autocast,
+            compiled=job.compile,
         )
 
     def step(self, ids: Tensor, index: int) -> None:

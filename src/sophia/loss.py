@@ -11,6 +11,8 @@ adds up the chunks' weight gradients in bf16, on the CPU it then multiplies in f
 times slower there than those chosen here (docs/performance.md has the figures).
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +43,19 @@ class CrossEntropy:
 
     targets: Tensor
     """The true ids, [batch, time]; -100 where a prediction does not count."""
+    compiled: bool = False
+    """Whether to compile what happens to a chunk's logits: two passes over them are left, and in bf16 no copy in fp32.
+    For compiled models on GPUs, which multiply so fast that those passes count."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
         """Sum the loss: hidden [batch, time, width], weight [rows, width] -> scalar, in fp32 at least."""
-        return summed_cross_entropy(hidden.flatten(0, -2), weight, self.targets.flatten(), vocab_size)
+        flat = hidden.flatten(0, -2)
+        return summed_cross_entropy(flat, weight, self.targets.flatten(), vocab_size, compiled=self.compiled)
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, compiled: bool = False
+) -> Tensor:
     """The sum of the cross-entropies of ``hidden @ weight[:vocab_size].T``.
 
     Under autocast the products are in its dtype, all else in fp32. It can be differentiated once.
@@ -57,16 +65,17 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
         weight: [rows, width] with at least vocab_size rows; those beyond have probability and gradient zero.
         targets: The true ids, [predictions]; -100 where a prediction does not count.
         vocab_size: Number of ids.
+        compiled: Compile what happens to a chunk's logits.
 
     Returns:
         A scalar in nats, in fp32 (fp64 for hidden states in fp64).
     """
-    dtype = _product_dtype(hidden)
+    shape = _Shape(vocab_size=vocab_size, dtype=_product_dtype(hidden), compiled=compiled)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total: Tensor = _Summed.apply(hidden, weight, targets, vocab_size, dtype)  # type: ignore[no-untyped-call]
+        total: Tensor = _Summed.apply(hidden, weight, targets, shape)  # type: ignore[no-untyped-call]
         return total
     with torch.no_grad():
-        return _pass(hidden, weight, targets, vocab_size, dtype, wants=(False, False))[0]
+        return _pass(hidden, weight, targets, shape, wants=(False, False))[0]
 
 
 def chunk_rows(rows: int, device: str) -> int:
@@ -74,14 +83,24 @@ def chunk_rows(rows: int, device: str) -> int:
     return _CPU_ROWS if device == "cpu" else max(_CPU_ROWS, 1 << (_GPU_ENTRIES // rows).bit_length() - 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Of the computation."""
+
+    vocab_size: int
+    """Number of ids."""
+    dtype: torch.dtype
+    """Of the products."""
+    compiled: bool
+    """Whether what happens to a chunk's logits is compiled."""
+
+
 class _Summed(torch.autograd.Function):
     """The loss with its gradients, which are computed on the way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype
-    ) -> Tensor:
-        total, *gradients = _pass(hidden, weight, targets, vocab_size, dtype, wants=ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shape: _Shape) -> Tensor:
+        total, *gradients = _pass(hidden, weight, targets, shape, wants=ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         return total
 
@@ -90,29 +109,29 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # In place: torch raises, should a second backward pass ask for them again.
         scaled = [None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors]
-        return *scaled, None, None, None
+        return *scaled, None, None
 
 
 def _pass(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, *, wants: tuple[bool, bool]
+    hidden: Tensor, weight: Tensor, targets: Tensor, shape: _Shape, *, wants: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """All chunks: the summed loss, and its gradients to hidden states and weight, where they are wanted."""
     full = torch.promote_types(hidden.dtype, torch.float32)
-    low = weight.to(dtype)  # [rows, width]
+    low = weight.to(shape.dtype)  # [rows, width]
     losses = torch.empty(targets.shape, dtype=full, device=hidden.device)
     to_hidden = torch.empty_like(hidden) if wants[0] else None
     to_weight = weight.new_empty(weight.shape, dtype=full) if wants[1] else None
     size = chunk_rows(len(weight), hidden.device.type)
-    buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=full, device=hidden.device)
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=shape.dtype if shape.compiled else full)
+    act = _compiled_act() if shape.compiled else _loss_and_gradient_
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            read = hidden[part].to(dtype)  # [chunk, width]
+            read = hidden[part].to(shape.dtype)  # [chunk, width]
             logits = _product(read, low.t(), buffer[: len(read)])
-            logits[:, vocab_size:] = -torch.inf
-            losses[part] = _loss_and_gradient_(logits, targets[part], differentiate=any(wants))
+            losses[part] = act(logits, targets[part], shape.vocab_size, any(wants))
             # Dropped before the next chunk's product needs the room.
-            gradient = logits.to(dtype)
+            gradient = logits.to(shape.dtype)
             if to_hidden is not None:
                 to_hidden[part] = gradient @ low
             if to_weight is not None:
@@ -121,10 +140,11 @@ def _pass(
     return losses.sum(), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
 
 
-def _loss_and_gradient_(logits: Tensor, targets: Tensor, *, differentiate: bool) -> Tensor:
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, vocab_size: int, differentiate: bool) -> Tensor:
     """The loss of each row, [chunk]; leaves the loss's gradient in the place of its logits, [chunk, rows]."""
     counts = targets != IGNORED
     index = torch.where(counts, targets, 0)[:, None]
+    logits[:, vocab_size:] = -torch.inf
     largest = logits.amax(1, keepdim=True)
     chosen = logits.gather(1, index).sub_(largest)
     weights = logits.sub_(largest).exp_()
@@ -134,6 +154,28 @@ def _loss_and_gradient_(logits: Tensor, targets: Tensor, *, differentiate: bool)
         ones = counts[:, None].to(logits.dtype)
         logits.mul_(ones / total).scatter_add_(1, index, -ones)
     return losses
+
+
+def _fusible_loss_and_gradient_(logits: Tensor, targets: Tensor, vocab_size: int, differentiate: bool) -> Tensor:
+    """The same in a form that compiles to two loops; the logits may be in bf16."""
+    full = torch.promote_types(logits.dtype, torch.float32)
+    counts = targets != IGNORED
+    index = torch.where(counts, targets, 0)[:, None]
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    real = torch.where(ids < vocab_size, logits.to(full), -torch.inf)
+    largest = real.amax(1, keepdim=True)
+    weights = (real - largest).exp()
+    total = weights.sum(1, keepdim=True)
+    chosen = logits.gather(1, index).to(full) - largest
+    losses = (total.log() - chosen).squeeze(1).masked_fill(~counts, 0)
+    if differentiate:
+        logits.copy_((weights / total - (ids == index).to(full)) * counts[:, None])
+    return losses
+
+
+@functools.cache
+def _compiled_act() -> Callable[[Tensor, Tensor, int, bool], Tensor]:
+    return torch.compile(_fusible_loss_and_gradient_, dynamic=False)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

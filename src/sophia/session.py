@@ -267,6 +267,7 @@ def _build(
         max_grad_norm=settings.optimizer.max_grad_norm,
         seed=settings.batch.seed,
         autocast=functools.partial(_autocast, here.device.type, precision),
+        compiled=compiled,
     )
     session = Session(
         settings=settings,

@@ -1,10 +1,14 @@
 """The chunked loss against the plain one, `F.cross_entropy` of all logits."""
 
+import functools
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import sophia.loss
 from sophia.loss import CrossEntropy, chunk_rows, summed_cross_entropy
 from sophia.model import GPT, GPTConfig
 
@@ -33,24 +37,33 @@ def loss_and_gradients(loss, hidden, weight, targets, factor=0.25, low=False):
     return total.detach(), *torch.autograd.grad(total * factor, [hidden, weight])
 
 
+@pytest.fixture(params=["eager", "fusible"])
+def chunked(request, monkeypatch):
+    """The chunked loss as it is for models that run eagerly, and in the form that is compiled, uncompiled."""
+    if request.param == "eager":
+        return summed_cross_entropy
+    monkeypatch.setattr(sophia.loss, "_compiled_act", lambda: sophia.loss._fusible_loss_and_gradient_)
+    return functools.partial(summed_cross_entropy, compiled=True)
+
+
 @pytest.mark.parametrize("predictions", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_exactly_the_plain_loss(predictions, ignored):
+def test_exactly_the_plain_loss(chunked, predictions, ignored):
     case = example(predictions, ignored=ignored)
-    found, expected = (loss_and_gradients(loss, *case) for loss in (summed_cross_entropy, plain_loss))
+    found, expected = (loss_and_gradients(loss, *case) for loss in (chunked, plain_loss))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
     assert not found[2][VOCAB:].any()  # padding
 
 
 @pytest.mark.parametrize("kind", ["fp32", "autocast", "bf16 parameters"])
-def test_low_precision_is_not_worse_than_the_plain_loss(kind):
+def test_low_precision_is_not_worse_than_the_plain_loss(chunked, kind):
     """Three corners: float64, the plain loss in this precision, ours."""
     predictions = 3 * CHUNK
     dtype = torch.bfloat16 if kind == "bf16 parameters" else torch.float32
     low = example(predictions, dtype)
     exact = loss_and_gradients(plain_loss, *(t.detach().double().requires_grad_() for t in low[:2]), low[2])
-    ours, theirs = (loss_and_gradients(loss, *low, low=kind != "fp32") for loss in (summed_cross_entropy, plain_loss))
+    ours, theirs = (loss_and_gradients(loss, *low, low=kind != "fp32") for loss in (chunked, plain_loss))
     assert ours[0].dtype == torch.float32
     # With parameters in bf16 the sum of the chunks' products, which are in bf16, is rounded again.
     limit = 1.2 if kind == "bf16 parameters" else 1.0
@@ -77,9 +90,9 @@ def test_autocast_leaves_float64_alone():
     )
 
 
-def test_logits_of_any_size():
+def test_logits_of_any_size(chunked):
     case = example(50, scale=1e4)
-    found, expected = (loss_and_gradients(loss, *case) for loss in (summed_cross_entropy, plain_loss))
+    found, expected = (loss_and_gradients(loss, *case) for loss in (chunked, plain_loss))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert found[0].isfinite()
 
@@ -111,6 +124,16 @@ def test_without_gradients_it_computes_none():
         found = summed_cross_entropy(hidden, weight, targets, VOCAB)
     assert not found.requires_grad
     torch.testing.assert_close(found, plain_loss(hidden, weight, targets, VOCAB).detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile itself
+def test_compiled():
+    """By the real compiler, which makes C++ of it here."""
+    hidden, weight, targets = example(CHUNK + 3, torch.float32)
+    compiled = functools.partial(summed_cross_entropy, compiled=True)
+    found, expected = (loss_and_gradients(loss, hidden, weight, targets) for loss in (compiled, summed_cross_entropy))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_differentiated_once():
