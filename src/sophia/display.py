@@ -72,6 +72,10 @@ class Display:
             left = self._figures.pace.left(self._figures.total_steps)
             self.note("  ".join([f"step {self._figures.place}", *parts, *([] if left is None else [f"left {left}"])]))
 
+    def step(self, done: int) -> None:
+        """Move the bar, between two lines, to so many updates done."""
+        self._figures.step = done
+
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show an evaluation line of the metrics."""
         self._figures.validation_loss = record["val_loss"]

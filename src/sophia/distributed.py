@@ -271,10 +271,10 @@ def clip_gradients(model: nn.Module, longest: float | None) -> Tensor:
 
     Nothing waits for the device. None leaves the gradient as it is.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # here already, or the factor would be reduced again
     if longest is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), longest, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm)
     return norm

@@ -151,6 +151,7 @@ class Trainer:
         lr = self.session.optimizers.set_lr(factor(self.settings, progress.step))
         self.session.optimizers.step(skip=not_finite)
         progress.step += 1
+        self.display.step(progress.step)
         return lr
 
     def _log_due(self) -> bool:

@@ -218,6 +218,17 @@ def test_a_log_gets_the_first_line_the_last_and_few_between():
     assert 1500 < len(times) < 2500  # of 200,000, in 28 hours
 
 
+@needs_terminal
+def test_the_bar_moves_between_two_lines():
+    terminal = Terminal(80)
+    with Display(terminal.console, total_steps=5000, start_step=0) as display:
+        display.training(record(10))
+        display.step(14)
+    lines = screen_lines(terminal.written())
+    assert [line for line in lines if line.startswith("step ")][-1].startswith("step 14/5000")
+    assert [line for line in lines if line.startswith("loss ")][-1].endswith("4.92M tokens  grad 0.812")  # of step 10
+
+
 def test_the_time_left_follows_the_recent_pace():
     display, file, clock = logged(total_steps=10_000, start_step=1000)
     with display:
