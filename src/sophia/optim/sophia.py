@@ -269,6 +269,7 @@ class Sophia(Optimizer):
             if found_inf != 0:
                 return loss
             found_inf = None
+        self._clips.begin(self.param_groups, certain=found_inf is None)
         for group, path in zip(self.param_groups, paths, strict=True):
             self._step_group(group, path, found_inf=found_inf, grad_scale=grad_scale, capturing=capturing)
         self._clock.tick(found_inf)
@@ -284,13 +285,16 @@ class Sophia(Optimizer):
         grad_scale: Tensor | None,
         capturing: bool,
     ) -> None:
-        # Where the host must not know whether a step is taken, the device counts the parameter's steps.
-        device_counts = found_inf is not None or group["capturable"]
+        # The device counts a parameter's steps where the host must not know whether one is taken; and on CUDA's fused
+        # path, where 148 numbers in main memory would cost the host more than all else.
+        always = found_inf is not None or group["capturable"]
         gathered = gather(
             group["params"],
-            lambda p: self._state(p, step_device=p.device if device_counts else None),
+            self.state,
+            self._state,
             self._reach,
             lambda p: self._rounding_key(p, rounding.EXP_AVG),
+            {device: always or (path == "fused" and device.type == "cuda") for device, path in paths.items()},
         )
         if capturing:
             checks.check_capture(group, holding=sum(len(rows.grads) for rows in gathered.holding.values()))
@@ -302,8 +306,8 @@ class Sophia(Optimizer):
                 "beta1": beta1,
                 "maximize": group["maximize"],
                 "scratch": self._scratch,
-                "keys": rows.keys,
-                "step": on_device(self._clock.latest, device) if any(rows.keys) else 0,
+                "keys": rows.keys if rows.rounded else None,
+                "step": on_device(self._clock.latest, device) if rows.rounded else 0,
                 "found_inf": skip,
                 "grad_scale": scale,
             }
@@ -320,6 +324,7 @@ class Sophia(Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 path=paths[device],
+                clipped=self._clips.counter(device, len(rows.params), fused=paths[device] == "fused"),
                 **shared,
             )
 
@@ -372,6 +377,7 @@ class Sophia(Optimizer):
             clock=self._clock,
             reach=self._reach,
             scratch=self._scratch,
+            clips=self._clips,
             replicas=self._replicas() if reduce else None,
         )
 
@@ -423,6 +429,8 @@ class Sophia(Optimizer):
         steps = [int(one["step"]) for one in self.state.values() if "step" in one]
         state.adopt_settings(self.param_groups, own, steps=max(steps, default=0))
         self._keys.clear()  # the seed may be another
+        self._scratch = update.Scratch()  # what it knows of the state's memory is past
+        self._clips.forget()
         self._skips = Skips()
         self._complete_state()
 
@@ -477,14 +485,12 @@ class Sophia(Optimizer):
         self._attachment = None
         self._scratch = update.Scratch()
         self._reach = Reach()
+        self._clips = stats.ClipCount()
         self._keys: dict[Tensor, tuple[int, ...]] = {}
         self._skips = Skips()
 
-    def _state(self, p: Tensor, step_device: torch.device | None = None) -> dict[str, Any]:
-        own = self.state[p]
-        if own.keys() >= state.KEYS and (step_device is None or own["step"].device == step_device):
-            return own
-        return state.complete(own, p, self._dtype_of_state(p), step_device=step_device)
+    def _state(self, p: Tensor) -> dict[str, Any]:
+        return state.complete(self.state[p], p, self._dtype_of_state(p))
 
     def _create_state(self) -> None:
         for p in self._parameters():
@@ -596,6 +602,7 @@ class Sophia(Optimizer):
                     step=self._clock.time,
                 )
         self._reach.update(reached)
+        self._clips.forget()
         self._clock.accept()
         return True
 

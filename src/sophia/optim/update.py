@@ -313,16 +313,22 @@ def fold_curvature(
             edge.write_state(index, hessian, h, origin)
 
 
-def statistics(exp_avg: Tensor, hessian: Tensor, *, gamma: float, eps: float, scratch: Scratch) -> Tensor:
-    """Clipped coordinates (|m| > max(γ h, ε)), all coordinates, Σ m² and Σ h²: fp32 [4], without a host sync."""
+def statistics(
+    exp_avg: Tensor, hessian: Tensor, *, gamma: float, eps: float, scratch: Scratch, count: bool = True
+) -> Tensor:
+    """Clipped coordinates (|m| > max(γ h, ε)), all coordinates, Σ m² and Σ h²: fp32 [4], without a host sync.
+
+    Without `count` the first is left out, as 0.
+    """
     dtype = compute_dtype(exp_avg, hessian)
     totals = torch.zeros(4, dtype=torch.float32, device=exp_avg.device)
     for m_slice, h_slice in slices(exp_avg, hessian):
         m = _read("exp_avg", m_slice, dtype, scratch)
         h = _read("hessian", h_slice, dtype, scratch)
-        bound = torch.mul(h, gamma, out=scratch.like("work", h, dtype)).clamp_min_(eps)
-        excess = torch.abs(m, out=scratch.like("param", m, dtype)).sub_(bound)
-        totals[0] += (excess > 0).sum()
+        if count:
+            bound = torch.mul(h, gamma, out=scratch.like("work", h, dtype)).clamp_min_(eps)
+            excess = torch.abs(m, out=scratch.like("param", m, dtype)).sub_(bound)
+            totals[0] += (excess > 0).sum()
         totals[1] += m.numel()
         totals[2] += torch.linalg.vector_norm(m).square()
         totals[3] += torch.linalg.vector_norm(h).square()
