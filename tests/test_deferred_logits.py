@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sophia import SophiaG
 from sophia.curvature import GaussNewtonBartlett, deferred_logits
 from sophia.model import GPT, GPTConfig
+from sophia.optim.curvature.deferred import deferred_head
 from sophia.optim.replicas import Replicas
 from tests import exact
 
@@ -150,6 +151,9 @@ def test_under_autocast_products_are_in_its_dtype():
         assert_same(deferred, plain, rtol=0.05, atol=1e-4)
         exactly = estimate(GaussNewtonBartlett(noise=noise), lambda: model(tokens, deferred_logits), model)
         assert not any(torch.equal(one, other) for one, other in zip(deferred, exactly, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert deferred_head(model(tokens, deferred_logits)).dtype == torch.bfloat16
+        assert deferred_head(model.double()(tokens, deferred_logits)).dtype == torch.float64
 
 
 def test_parameters_in_low_precision():
@@ -260,6 +264,7 @@ def test_one_set_of_chunk_gradients_at_a_time(monkeypatch):
         return model(part, deferred_logits)
 
     monkeypatch.setattr(Replicas, "sum_gradients", recorded)
+    monkeypatch.setattr(Replicas, "alone", False)  # as under an engine
     estimate(GaussNewtonBartlett(), [functools.partial(forward, part) for part in tokens.split(1)], model)
     count = len(list(model.parameters()))
     assert alive == [[count, *[0] * (number - 1)][:number] for number in range(ROWS)]

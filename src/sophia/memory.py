@@ -99,6 +99,7 @@ def step_memory(
     curvature_chunks: int = 4,
     parallel: Parallel = "none",
     ranks: int = 1,
+    state_dtype: Precision = "fp32",
 ) -> MemoryEstimate:
     """The peak of a training step on each device, see the module's text.
 
@@ -115,6 +116,7 @@ def step_memory(
         curvature_chunks: Such passes in one estimate.
         parallel: "ddp" has everything on each rank, "fsdp" shards parameters, gradients and optimizer state.
         ranks: Devices.
+        state_dtype: Of Sophia's state.
 
     Raises:
         ValueError: The optimizer is unknown, a count is below 1, or the context is longer than the model's.
@@ -139,12 +141,13 @@ def step_memory(
         sharded=parallel == "fsdp" and ranks > 1,
         replicated=parallel == "ddp" and ranks > 1,
         ranks=ranks,
+        state_dtype=state_dtype,
     )
     return max(step.moments(), key=lambda moment: moment.total)
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str) -> int:
-    """What the optimizer keeps between steps, unsharded: fp32 averages the size of parameters.
+def optimizer_bytes(config: GPTConfig, optimizer: str, state_dtype: Precision = "fp32") -> int:
+    """What the optimizer keeps between steps, unsharded: averages the size of parameters, in fp32 but for Sophia.
 
     Raises:
         ValueError: The optimizer is unknown.
@@ -155,7 +158,8 @@ def optimizer_bytes(config: GPTConfig, optimizer: str) -> int:
         return _FP32 * (count.matrices + 2 * (count.total - count.matrices))
     if optimizer not in averages:
         raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {', '.join([*averages, 'muon'])}")
-    return _FP32 * averages[optimizer] * count.total
+    each = _BF16 if state_dtype == "bf16" and optimizer.startswith("sophia") else _FP32
+    return each * averages[optimizer] * count.total
 
 
 def block_bytes(config: GPTConfig, *, context: int, low: bool, device: str, residual: int = _FP32) -> int:
@@ -191,6 +195,7 @@ class _Step:
     sharded: bool
     replicated: bool
     ranks: int
+    state_dtype: Precision
 
     def moments(self) -> Iterator[MemoryEstimate]:
         """Each moment that can be the peak."""
@@ -224,7 +229,7 @@ class _Step:
         return MemoryEstimate(
             parameters=self.model // share,
             gradients=gradients // share,
-            optimizer=optimizer_bytes(self.config, self.optimizer) // share,
+            optimizer=optimizer_bytes(self.config, self.optimizer, self.state_dtype) // share,
             activations=activations,
             logits=logits,
             other=other + self.gathered + _WORKSPACE.get(self.device, _OTHER_WORKSPACE),
@@ -241,7 +246,10 @@ class _Step:
         return activations // (2 if self.accumulates else 5)
 
     def sampled_curvature(self) -> Iterator[MemoryEstimate]:
-        """Gauss-Newton-Bartlett. Gradients: squares so far and one chunk's, which DDP has in its buckets, too."""
+        """Gauss-Newton-Bartlett. Gradients: squares so far and, under an engine, a chunk's; DDP has them twice.
+
+        On one device each gradient is squared as soon as it is there, the embedding's last.
+        """
         held = self.model * ((self.curvature_chunks > 1) + self.replicated)
         stored = self.stored(self.curvature_tokens)
         yield self.moment(
@@ -259,7 +267,10 @@ class _Step:
             activations=stored + self.working(self.curvature_tokens),
             other=self.late_copies,
         )
-        yield self.moment("curvature, first block", gradients=held + self.model + self.embedding)
+        if self.sharded or self.replicated:
+            yield self.moment("curvature, first block", gradients=held + self.model + self.embedding)
+        else:
+            yield self.moment("curvature, first block", gradients=self.model + 2 * self.embedding)
 
     def finite_difference(self) -> Iterator[MemoryEstimate]:
         """Hutchinson as the trainer has it, by two gradients in fp32.

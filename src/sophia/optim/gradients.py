@@ -1,12 +1,17 @@
 """A backward pass that leaves every `.grad` as it was."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sophia.optim import fsdp
+
+
+class GradientInPartsError(RuntimeError):
+    """A backward pass accumulated into a parameter more than once."""
 
 
 @contextlib.contextmanager
@@ -17,6 +22,38 @@ def isolated_gradients(params: Sequence[Tensor], output: Tensor) -> Iterator[Non
     """
     with set_aside((*params, *_graph_leaves(output), *fsdp.sharded_parameters())), fsdp.unreduced_set_aside():
         yield
+
+
+@contextlib.contextmanager
+def handed_over(params: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Inside, a backward pass hands each parameter's gradient to take(index, gradient) once it is whole, and drops it.
+
+    So the gradients of all parameters never exist together. The gradient may share its memory with others of the same
+    pass and must not be changed.
+
+    Raises:
+        GradientInPartsError: a gradient came more than once, from the backward pass within a reentrant checkpoint.
+    """
+    seen: set[int] = set()
+
+    def consume(index: int, param: Tensor) -> None:
+        gradient, param.grad = param.grad, None
+        if index in seen:
+            raise GradientInPartsError
+        seen.add(index)
+        if gradient is not None:
+            take(index, gradient)
+
+    handles = [
+        param.register_post_accumulate_grad_hook(functools.partial(consume, index))
+        for index, param in enumerate(params)
+        if param.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,11 @@ class Replicas:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def alone(self) -> bool:
+        """Whether gradients are those of this process, with no engine that handles them."""
+        return self.size == 1 and not self.has_engine
+
     def gather(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         """Every rank's numbers, in the order of ranks; the same count of numbers on each rank."""
         if self.size == 1:

@@ -1,5 +1,6 @@
 """The Gauss-Newton-Bartlett estimator (paper, section 2.3 and algorithm 2)."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,8 @@ from sophia.optim.curvature.deferred import deferred_logits
 from sophia.optim.curvature.estimator import Forward, Refresh, without_autocast
 from sophia.optim.curvature.likelihood import LIKELIHOODS, NOISES
 from sophia.optim.curvature.outputs import Outputs, read_outputs
-from sophia.optim.gradients import isolated_gradients
+from sophia.optim.dtensor import localise
+from sophia.optim.gradients import GradientInPartsError, handed_over, isolated_gradients
 from sophia.optim.noise import row_keys, stream_key
 
 
@@ -66,17 +68,10 @@ class GaussNewtonBartlett:
         Raises:
             ValueError: on all ranks, when an output does not fit the estimator or no prediction counts on any rank.
         """
-        squares: list[Tensor | None] = [None] * len(params)
-        total = 0
-        for gradients, count in self.chunk_gradients(forwards, params, refresh):
-            total += count
-            for index, gradient in enumerate(gradients):
-                if gradient is None:
-                    continue
-                known = squares[index]
-                squares[index] = gradient.square_() if known is None else known.addcmul_(gradient, gradient)
-            # Not beside those of the next chunk: at its peak a refresh holds one set of gradients and the squares.
-            del gradients, gradient
+        try:
+            squares, total = self._sums_of_squares(forwards, params, refresh, streams=refresh.replicas.alone)
+        except GradientInPartsError:  # a square of parts is another number: begin again, with whole gradients
+            squares, total = self._sums_of_squares(forwards, params, refresh, streams=False)
         return [None if square is None else square.div_(total) for square in squares]
 
     def chunk_gradients(
@@ -86,34 +81,73 @@ class GaussNewtonBartlett:
 
         The tensors are the caller's own. Whoever drops them before asking for the next chunk has one set at a time.
         """
+        checked = False
+        for chunk in self._chunks(forwards, params, refresh):
+            with chunk.backward_pass():
+                totals = refresh.replicas.sum_gradients([p.grad for p in params], params)
+            if refresh.scale != 1:
+                totals = [None if s is None else s.div_(refresh.scale) for s in totals]
+            if not checked:
+                refresh.replicas.check_reduced(totals, params)
+                checked = True
+            count = chunk.count
+            del chunk
+            yield totals, count
+            del totals
+
+    def _sums_of_squares(
+        self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh, *, streams: bool
+    ) -> tuple[list[Tensor | None], int]:
+        """Σ_c s_c² of each parameter and the count of predictions.
+
+        Args:
+            forwards, params, refresh: as for `estimate`.
+            streams: square each parameter's gradient as soon as the backward pass has it. Then the gradients of a chunk
+                never exist together, and a refresh holds no more tensors of the model's size than a training step.
+        """
+        squares: list[Tensor | None] = [None] * len(params)
+        total = 0
+
+        def take(index: int, gradient: Tensor) -> None:
+            part = localise(gradient, params[index])
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            known = squares[index]
+            # Not in the gradient's place: those of one pass may share their memory. The scale is a power of two.
+            if known is None:
+                squares[index] = (part * part).mul_(refresh.scale**-2)
+            else:
+                known.addcmul_(part, part, value=refresh.scale**-2)
+
+        if streams:
+            for chunk in self._chunks(forwards, params, refresh):
+                with handed_over(params, take), chunk.backward_pass():
+                    total += chunk.count
+                del chunk
+            return squares, total
+        for gradients, count in self.chunk_gradients(forwards, params, refresh):
+            total += count
+            for index, gradient in enumerate(gradients):
+                if gradient is None:
+                    continue
+                known = squares[index]
+                squares[index] = gradient.square_() if known is None else known.addcmul_(gradient, gradient)
+            # Not beside those of the next chunk: at its peak a refresh holds one set of gradients and the squares.
+            del gradients, gradient
+        return squares, total
+
+    def _chunks(self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh) -> Iterator["_Chunk"]:
+        """The chunks that count anything on any rank, each after its forward pass."""
         deferred_logits.keep_from_compiler()
         total = first_row = 0
-        for index, forward in enumerate(forwards):
-            rows = 0
-            for chunk in range(self.chunks):
-                outputs, error = None, None
-                try:
-                    with refresh.forward_pass(index, params):
-                        outputs = read_outputs(forward(), self)
-                    rows = outputs.rows
-                    numbers = _row_numbers(refresh, first_row, rows, last=index == len(forwards) - 1)
-                    if self.chunks > 1:
-                        outputs.keep_rows(numbers % self.chunks == chunk)
-                except Exception as problem:  # whatever it is, the other ranks must hear of it
-                    error = problem
-                counted = 0 if outputs is None else outputs.counted()
-                counts = refresh.replicas.agree(error, [counted], params[0].device)
-                count = sum(theirs[0] for theirs in counts)
-                if count == 0:  # on all ranks: there is nothing to go backward from
-                    continue
-                assert outputs is not None
-                gradients = self._backward(outputs, counted, numbers, params, refresh)
-                del outputs
-                if total == 0:
-                    refresh.replicas.check_reduced(gradients, params)
-                total += count
-                yield gradients, count
-                del gradients
+        for index in range(len(forwards)):
+            for number in range(self.chunks):
+                # In a list that lets go of it: no chunk's graph is left when the next forward pass begins.
+                held = [self._forward(forwards, params, refresh, index, number, first_row)]
+                rows, count = held[0].outputs.rows, held[0].count
+                if count > 0:
+                    total += count
+                    yield held.pop()
+                held.clear()
             first_row += rows
         if total == 0:
             raise ValueError(
@@ -121,16 +155,64 @@ class GaussNewtonBartlett:
                 "are not -100) is False everywhere; it must be True where a label contributes to the loss"
             )
 
-    def _backward(
-        self, outputs: Outputs, counted: int, numbers: Tensor, params: Sequence[Tensor], refresh: Refresh
-    ) -> list[Tensor | None]:
+    def _forward(
+        self,
+        forwards: Sequence[Forward],
+        params: Sequence[Tensor],
+        refresh: Refresh,
+        index: int,
+        number: int,
+        first_row: int,
+    ) -> "_Chunk":
+        """Run one forward; all ranks learn how many predictions of this chunk count, or that one of them failed."""
+        outputs, error = None, None
+        try:
+            with refresh.forward_pass(index, params):
+                outputs = read_outputs(forwards[index](), self)
+            rows = _row_numbers(refresh, first_row, outputs.rows, last=index == len(forwards) - 1)
+            if self.chunks > 1:
+                outputs.keep_rows(rows % self.chunks == number)
+        except Exception as problem:  # whatever it is, the other ranks must hear of it
+            error = problem
+        counted = 0 if outputs is None else outputs.counted()
+        counts = refresh.replicas.agree(error, [counted], params[0].device)
+        assert outputs is not None
         # Rows numbered by the caller are global: their noise must not depend on which rank holds them.
         rank = refresh.replicas.rank if refresh.rows is None else 0
-        keys = row_keys(stream_key(refresh.seed, refresh.step, rank), numbers)
-        with isolated_gradients(params, outputs.anchor), without_autocast(outputs.anchor.device):
-            outputs.backward(self, keys, counted, refresh.scale)
-            totals = refresh.replicas.sum_gradients([p.grad for p in params], params)
-        return totals if refresh.scale == 1 else [None if s is None else s.div_(refresh.scale) for s in totals]
+        return _Chunk(
+            estimator=self,
+            params=params,
+            outputs=outputs,
+            keys=row_keys(stream_key(refresh.seed, refresh.step, rank), rows),
+            counted=counted,
+            count=sum(theirs for (theirs,) in counts),
+            scale=refresh.scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    """Predictions whose summed gradient is to be squared."""
+
+    estimator: GaussNewtonBartlett
+    params: Sequence[Tensor]
+    outputs: Outputs
+    keys: Tensor
+    """Int64 [rows], one stream of noise a row."""
+    counted: int
+    """Predictions that count on this rank."""
+    count: int
+    """Predictions that count on all ranks."""
+    scale: float
+    """Factor on the gradients."""
+
+    @contextlib.contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Inside, `.grad` of the parameters holds the scaled gradients of this chunk alone; after it, what it did."""
+        anchor = self.outputs.anchor
+        with isolated_gradients(self.params, anchor), without_autocast(anchor.device):
+            self.outputs.backward(self.estimator, self.keys, self.counted, self.scale)
+            yield
 
 
 def _row_numbers(refresh: Refresh, first: int, rows: int, *, last: bool) -> Tensor:

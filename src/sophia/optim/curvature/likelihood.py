@@ -171,8 +171,8 @@ def sample_categorical(probs: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(coarse, target).clamp_max_(coarse.shape[-1] - 1)
     rest = target - (coarse.gather(-1, block) - weight.gather(-1, block))
     places = block * _COARSE + torch.arange(_COARSE, device=probs.device)  # [n, 256]
-    chosen = probs.gather(-1, places.clamp_max(vocab - 1)).masked_fill_(places >= vocab, 0)
-    fine = chosen.cumsum(-1)
+    # Beyond the end of the vocabulary stands its last entry again: whoever ends there is sent back to it.
+    fine = probs.gather(-1, places.clamp_max_(vocab - 1)).cumsum(-1)
     # Rounding may have put the target outside the block: inside (0, total] the search ends on a possible entry.
     rest = rest.clamp_min_(torch.finfo(rest.dtype).tiny).minimum(fine[:, -1:])
     within = torch.searchsorted(fine, rest).clamp_max_(_COARSE - 1)
