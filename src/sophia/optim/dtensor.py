@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-def in_use() -> bool:
-    """Whether there can be any DTensor."""
-    return "torch.distributed.tensor" in sys.modules
-
-
 def is_dtensor(tensor: Tensor) -> "TypeIs[DTensor]":
     """Whether a tensor is distributed."""
     module = sys.modules.get("torch.distributed.tensor")

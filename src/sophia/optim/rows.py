@@ -1,13 +1,13 @@
 """The tensors of a param group as the rule takes them: lists by device, of plain tensors."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sophia.optim.dtensor import in_use, local, localise
+from sophia.optim.dtensor import local, localise
 from sophia.optim.reach import Reach
 
 
@@ -27,6 +27,8 @@ class Rows:
     """For rounding m."""
     steps: list[Tensor] = field(default_factory=list)
     """`step` of the state."""
+    rounded: bool = False
+    """Whether any m is bfloat16, whose rounding needs keys."""
 
 
 @dataclass
@@ -46,43 +48,62 @@ class Gathered:
 
 def gather(
     params: Iterable[Tensor],
-    state: Callable[[Tensor], dict[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    complete: Callable[[Tensor], dict[str, Any]],
     reach: Reach,
     key: Callable[[Tensor], int],
+    counts: Mapping[torch.device, bool],
 ) -> Gathered:
     """Collect gradients and state.
 
+    Python takes longer over this than a GPU over the step of a small model: what need not be asked is not.
+
     Args:
         params: of a param group.
-        state: gives a parameter's state, complete.
+        states: the optimizer's.
+        complete: gives a parameter's state with nothing missing.
         reach: the parameters that the curvature has reached.
         key: gives a parameter's key for rounding a bfloat16 m.
+        counts: whether `step` is to be on this device rather than on the host.
     """
     gathered = Gathered()
-    all_plain, all_reached = not in_use(), reach.is_complete
+    all_reached = reach.is_complete
+    device, counted = None, False
+    moving: Rows | None = None
+    holding: Rows | None = None
     for p in params:
         grad = p.grad
         if grad is None and not p.requires_grad:
             continue
-        own = state(p)  # also without a gradient: a checkpoint of unused parameters must be loadable
+        try:
+            own = states[p]
+            theta, exp_avg, hessian, step = p, own["exp_avg"], own["hessian"], own["step"]
+        except KeyError:  # also without a gradient: a checkpoint of unused parameters must be loadable
+            own = complete(p)
+            theta, exp_avg, hessian, step = p, own["exp_avg"], own["hessian"], own["step"]
         if grad is None:
             continue
-        theta, exp_avg, hessian = p, own["exp_avg"], own["hessian"]
-        if not all_plain:
+        if type(p) is not nn.Parameter or type(grad) is not Tensor:
             theta, grad, exp_avg, hessian = local(p), localise(grad, p), local(exp_avg), local(hessian)
-        reached = all_reached or p in reach
-        rows_of = gathered.moving if reached else gathered.holding
-        device = theta.device
-        rows = rows_of.get(device)
-        if rows is None:
-            rows = rows_of[device] = Rows()
-        if reached:
+        if theta.device != device:  # seldom: looking a device up takes longer than comparing it
+            device = theta.device
+            counted, moving, holding = counts[device], None, None
+        if counted and step.device != device:
+            own["step"] = step = step.to(device, non_blocking=True)
+        if all_reached or p in reach:
+            rows = moving = moving or gathered.moving.setdefault(device, Rows())
             rows.params.append(theta)
             rows.hessians.append(hessian)
+        else:
+            rows = holding = holding or gathered.holding.setdefault(device, Rows())
         rows.grads.append(grad)
         rows.exp_avgs.append(exp_avg)
-        rows.keys.append(key(p) if exp_avg.dtype == torch.bfloat16 else 0)
-        rows.steps.append(own["step"])
+        if exp_avg.dtype is torch.bfloat16:
+            rows.keys.append(key(p))
+            rows.rounded = True
+        else:
+            rows.keys.append(0)
+        rows.steps.append(step)
     return gathered
 
 
@@ -101,15 +122,7 @@ def as_scalar(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.reshape(())
 
 
-@overload
-def on_device(value: Tensor | None, device: torch.device) -> Tensor | None: ...
-
-
-@overload
-def on_device(value: float | Tensor, device: torch.device) -> float | Tensor: ...
-
-
-def on_device(value: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+def on_device(value: Any, device: torch.device) -> Any:
     """A scalar on the device where tensors are that it is for; numbers and tensors in main memory as they are."""
     if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != device:
         return value.to(device, non_blocking=True)

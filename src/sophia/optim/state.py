@@ -10,29 +10,16 @@ from sophia.optim import checks
 from sophia.optim.clock import FIELDS
 from sophia.optim.reach import UNREACHED
 
-KEYS = frozenset(("step", "exp_avg", "hessian"))
-
 
 def dtype_of_state(p: Tensor, chosen: torch.dtype | None) -> torch.dtype:
     """The dtype of m and h: the one chosen, else fp32, and fp64 for fp64 parameters."""
     return chosen or torch.promote_types(p.dtype, torch.float32)
 
 
-def complete(
-    state: dict[str, Any], p: Tensor, dtype: torch.dtype, *, step_device: torch.device | None = None
-) -> dict[str, Any]:
-    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding.
-
-    Args:
-        state: changed in place.
-        p: the parameter.
-        dtype: of m and h.
-        step_device: where `step` is to be; None leaves it where it is, and starts it on the host.
-    """
+def complete(state: dict[str, Any], p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding."""
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=step_device or "cpu")
-    elif step_device is not None and state["step"].device != step_device:
-        state["step"] = state["step"].to(step_device, non_blocking=True)
+        state["step"] = torch.zeros((), dtype=torch.float32)
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if "hessian" not in state:

@@ -188,11 +188,12 @@ class Tables:
             work = self._prepare(columns, keys, capturing=True)
             self._captured.append(work)  # as long as the graph may be replayed
             return work
-        signature = (*map(_signature, columns), None if keys is None else tuple(keys))
-        if signature not in self._work:
+        signature = _signature(columns, keys)
+        known = self._work.get(signature)
+        if known is None:
             _forget(self._work)
-            self._work[signature] = self._prepare(columns, keys, capturing=False)
-        return self._work[signature]
+            known = self._work[signature] = self._prepare(columns, keys, capturing=False)
+        return known
 
     def _prepare(self, columns: Columns, keys: Sequence[int] | None, *, capturing: bool) -> Work:
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -257,9 +258,19 @@ def _forget(table: dict[Any, Any]) -> None:
         del table[next(iter(table))]
 
 
-def _signature(column: Sequence[Tensor]) -> tuple[object, ...]:
-    """What a table depends on. Memory that is freed and used again may hold another dtype, size or layout."""
-    return tuple([(t.data_ptr(), t.dtype, t.stride(), t.shape) for t in column])
+def _signature(columns: Columns, keys: Sequence[int] | None) -> tuple[object, ...]:
+    """What a table depends on, asked for at every step.
+
+    Memory that is freed and used again may hold another dtype or layout, so addresses do not say all; but state has the
+    shape of its parameter, and lies where a new optimizer or `load_state_dict` has put it.
+    """
+    first, second, *state = columns
+    return (
+        *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in first],
+        *[(t.data_ptr(), t.dtype, t.stride()) for t in second],
+        *[(t.data_ptr(), t.dtype) for column in state for t in column],
+        None if keys is None else tuple(keys),
+    )
 
 
 def _capturing(device: torch.device) -> bool:
