@@ -62,9 +62,10 @@ class Stepper:
             members = [(row, place % chunks) for row, place in own]
         members = members or [(self.rows[0], -1)]
         places = [row - self.rows[0] for row, _ in members]
+        # Row by row: the way of an index to the device would be waited for.
         return CurvatureBatch(
-            inputs=inputs[places],
-            targets=targets[places],
+            inputs=torch.stack([inputs[place] for place in places]),
+            targets=torch.stack([targets[place] for place in places]),
             rows=[row for row, _ in members],
             chunks=[number for _, number in members],
             passes=passes,
