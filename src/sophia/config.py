@@ -84,6 +84,8 @@ class OptimizerSettings:
     as many as keep each within a micro-batch."""
     curvature_noise: Literal["labels", "signs"] = "labels"
     """Sophia-G: sampled labels as in the paper, or random signs through the output's curvature: less noise."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Sophia: of momentum and curvature; bf16 takes 4 bytes a parameter instead of 8, rounded stochastically."""
 
 
 @dataclass(frozen=True, kw_only=True)

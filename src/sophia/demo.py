@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -32,6 +32,8 @@ class DemoSettings:
     """The race itself."""
     out: Path = Path("demo-out")
     """Folder for race.png, results.json and sample.txt."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of Sophia-G's momentum and curvature; bf16 is rounded stochastically."""
     sweep: bool = False
     """Search for each optimizer's settings instead, and write benchmarks/results/demo-sweep.json and docs/demo-sweep.md
     below the present folder. Takes the time of some ten races."""
@@ -41,12 +43,14 @@ def demo(settings: Annotated[DemoSettings, tyro.conf.arg(name="")]) -> None:
     """Train two small GPTs side by side, one by AdamW and one by Sophia-G, on the same weights and batches."""
     console = Console()
     if settings.sweep:
+        if settings.state_dtype != "fp32":
+            raise ValueError("state_dtype has no meaning with --sweep: leave one of them out")
         _sweep(settings.race, console)
         return
     settings.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
     with console.status("reading this machine's own text and learning an encoding of it"):
         text = prepare_text(settings.race)
-    runs = start_runs(settings.race, [AdamWRecipe(), SophiaGRecipe()])
+    runs = start_runs(settings.race, [AdamWRecipe(), SophiaGRecipe(state_dtype=settings.state_dtype)])
     _introduce(settings.race, runs, text, console)
     _watch(settings.race, runs, text, console)
 

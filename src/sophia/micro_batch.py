@@ -146,7 +146,8 @@ def _fits(stepper: Stepper, session: "Session") -> bool:
     alone = stepper.model.no_sync() if isinstance(stepper.model, DistributedDataParallel) else contextlib.nullcontext()
     try:
         # The optimizer's tensors come with the first step: their place is kept.
-        kept = plan.optimizer_bytes(session.config, session.settings.optimizer.optimizer) // shards
+        chosen = session.settings.optimizer
+        kept = plan.optimizer_bytes(session.config, chosen.optimizer, chosen.state_dtype) // shards
         reserved = torch.empty(kept, dtype=torch.uint8, device=device)
         with alone:
             stepper.gradients(inputs, inputs, index=0)
@@ -178,6 +179,7 @@ def _estimate(session: "Session", size: int) -> int:
         device=session.here.device.type,
         parallel=parallel,
         ranks=shards if parallel == "fsdp" else session.here.size,
+        state_dtype=session.settings.optimizer.state_dtype,
     ).total
 
 

@@ -142,6 +142,7 @@ def _build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> li
         return _muon(settings, groups)
     rest: dict[str, Any] = {"lr": lr, "betas": betas, "gamma": settings.gamma, "seed": seed}
     rest["curvature_interval"] = settings.curvature_interval
+    rest["state_dtype"] = torch.bfloat16 if settings.state_dtype == "bf16" else None
     if settings.optimizer == "sophia-h":
         # The form that works under DDP and FSDP2, too: one number of ranks gives the curvature of another.
         return [SophiaH(groups, **rest, estimator=Hutchinson(product="finite_difference"))]

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +129,17 @@ class SophiaGRecipe:
     """Sequences of the batch from which a curvature estimate is made."""
     rows_per_chunk: int = 1
     """Sequences whose sampled gradients are summed before squaring; fewer give less noise."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of momentum and curvature."""
 
     name = "Sophia-G"
 
     def build(self, model: nn.Module) -> SophiaG:
         """Make the optimizer."""
         groups = parameter_groups(model, self.weight_decay)
-        return SophiaG(groups, lr=self.lr, betas=(self.beta1, self.beta2), gamma=self.gamma)
+        state_dtype = torch.bfloat16 if self.state_dtype == "bf16" else None
+        betas = (self.beta1, self.beta2)
+        return SophiaG(groups, lr=self.lr, betas=betas, gamma=self.gamma, state_dtype=state_dtype)
 
     def refresh(self, optimizer: SophiaG, model: nn.Module, inputs: Tensor) -> None:
         """Renew the curvature estimate when it is due; returns at once on the nine steps between."""

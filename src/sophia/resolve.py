@@ -142,6 +142,8 @@ def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     for name in ("gamma", "curvature_rows", "curvature_chunks"):
         if not is_sophia and getattr(chosen, name) is not None:
             raise ValueError(f"{name} has no meaning for {chosen.optimizer}: leave it out, or choose sophia-g")
+    if not is_sophia and chosen.state_dtype != "fp32":
+        raise ValueError(f"state_dtype has no meaning for {chosen.optimizer}: leave it out, or choose sophia-g")
     if chosen.optimizer == "sophia-h" and chosen.curvature_chunks is not None:
         raise ValueError(
             "curvature_chunks has no meaning for sophia-h, whose noise belongs to parameters: leave it out"

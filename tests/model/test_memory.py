@@ -19,9 +19,9 @@ SHAPE = {"vocab_size": 2048, "context": 64, "layers": 2, "heads": 4, "width": 12
 WORKSPACE = 8 << 20  # which no allocation of PyTorch's shows
 
 
-def stepper_of(config, *, optimizer, rows, micro_batch, precision):
+def stepper_of(config, *, optimizer, rows, micro_batch, precision, **changes):
     model = GPT(config)
-    recipe = dict(preset("gpt2-small").recipes[optimizer])
+    recipe = dict(preset("gpt2-small").recipes[optimizer]) | changes
     if optimizer.startswith("sophia"):
         recipe |= {"curvature_rows": 4, "curvature_interval": 2}
         recipe |= {"curvature_chunks": 4} if optimizer == "sophia-g" else {}
@@ -141,17 +141,21 @@ def test_a_block_saves_what_the_table_says(low, dropout):
     assert totals[1] - totals[0] - copies == 2 * 64 * block_bytes(config, context=64, low=low, device="cpu")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "sophia-g", "sophia-h"])
-def test_optimizer_state_is_what_a_step_leaves(optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "state_dtype"),
+    [*((name, "fp32") for name in ("adamw", "lion", "muon", "sophia-g", "sophia-h")), ("sophia-g", "bf16")],
+)
+def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype):
     config = GPTConfig(**SHAPE)
-    stepper = stepper_of(config, optimizer=optimizer, rows=4, micro_batch=4, precision="fp32")
+    kept = {"state_dtype": state_dtype}
+    stepper = stepper_of(config, optimizer=optimizer, rows=4, micro_batch=4, precision="fp32", **kept)
     tokens = torch.randint(0, 2048, (4, 64))
     stepper.refresh(tokens, tokens)
     stepper.gradients(tokens, tokens, index=0)
     stepper.optimizers.step()
     states = [value for part in stepper.optimizers.parts for state in part.state.values() for value in state.values()]
     held = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.numel() > 1)
-    assert optimizer_bytes(config, optimizer) == held
+    assert optimizer_bytes(config, optimizer, state_dtype) == held
 
 
 def test_shards_and_buckets():

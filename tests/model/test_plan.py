@@ -82,9 +82,10 @@ def test_what_does_not_fit_comes_with_remedies_in_order(capsys):
         capsys, "--model", "gpt2-medium", "--gpus", "2", "--gpu", "4090", "--micro-batch", "40", "--precision", "fp32"
     )
     assert not answer["fits"]
-    words = [change["what"].split()[0] + change["what"].split()[-1] for change in answer["changes"][1:5]]
+    words = [change["what"].split()[0] + change["what"].split()[-1] for change in answer["changes"][1:4]]
     assert answer["changes"][0]["what"].startswith("--micro-batch ")
-    assert words == ["--activation-checkpointing" * 2, "--parallelfsdp", "--precisionbf16", "--context512"]
+    assert words == ["--activation-checkpointing" * 2, "--parallelfsdp", "--precisionbf16"]
+    assert [change["what"] for change in answer["changes"][4:6]] == ["--state-dtype bf16", "--context 512"]
     assert answer["changes"][-1]["fits"]
     needed = answer["memory"]["per_gpu"]["total"]
     assert all(change["total"] < needed for change in answer["changes"])
@@ -100,7 +101,7 @@ def test_a_remedy_is_what_the_same_command_with_it_says(capsys):
 
 
 def test_more_gpus_are_the_last_remedy():
-    setup = set_up(PlanSettings(model="gpt2-xl", gpus=1, gpu="a10", tokens_per_step=512 * 1024))
+    setup = set_up(PlanSettings(model="gpt2-xl", gpus=1, gpu="a10", memory_gb=16, tokens_per_step=512 * 1024))
     assert not setup.fits
     *_, last = remedies(setup)
     assert "--gpus" in last.what
@@ -173,6 +174,7 @@ def test_budgets_of_tokens(capsys, text, tokens):
         (["--tokens", "fifty"], "tokens is 'fifty'; write a number"),
         (["--tokens", "0"], "tokens is '0'"),
         (["--vocab-size", "0"], "vocab_size is 0"),
+        (["--optimizer", "lion", "--state-dtype", "bf16"], "state_dtype has no meaning for lion"),
         (["--device", "cpu", "--gpus", "2"], "no meaning with --device cpu"),
         (["--device", "cpu", "--gpu", "h100"], "no meaning with --device cpu"),
     ],

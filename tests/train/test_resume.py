@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sophia import checkpoint, micro_batch, train
 from sophia.config import TrainSettings, read_toml, write_toml
@@ -55,6 +56,18 @@ def test_a_checkpoint_right_before_a_refresh(tmp_path, data, monkeypatch, optimi
     flags = rich(optimizer) | {"checkpoint-interval": 3}
     assert runs.train(data, tmp_path / "whole", **flags) == 0
     runs.crash_at(monkeypatch, 6)
+    runs.through_crashes(data, tmp_path / "crashed", **flags)
+    runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
+
+
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h"])
+def test_state_in_bf16_is_kept_and_its_noise_goes_on(tmp_path, data, monkeypatch, optimizer):
+    flags = rich(optimizer) | {"state-dtype": "bf16"}
+    assert runs.train(data, tmp_path / "whole", **flags) == 0
+    saved = load_file(runs.latest(tmp_path / "whole") / "optimizer.safetensors")
+    kinds = {value.dtype for name, value in saved.items() if not name.endswith("step")}
+    assert kinds == {torch.bfloat16}
+    runs.crash_at(monkeypatch, 2, 8)
     runs.through_crashes(data, tmp_path / "crashed", **flags)
     runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
 

@@ -85,6 +85,7 @@ BAD = [
     ({"curvature_interval": 0}, ["curvature_interval is 0", "at least 1"]),
     ({"curvature_rows": 7}, ["curvature_rows is 7", "a step has 6 sequences"]),
     ({"curvature_chunks": 5}, ["curvature_chunks is 5", "the 4 curvature_rows"]),
+    ({"optimizer": "lion", "state_dtype": "bf16"}, ["state_dtype has no meaning for lion", "leave it out"]),
     ({"seed": -1}, ["seed is -1", "below 2**64"]),
     ({"seed": 2**64}, [f"seed is {2**64}"]),
     ({"keep_last": 0}, ["keep_last is 0"]),
