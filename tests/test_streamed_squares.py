@@ -1,6 +1,7 @@
 """On one process each parameter's gradient is squared when the backward pass has it: they never exist together."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-15}  # float64
 
 
 class Twice(nn.Module):
-    """One layer in two segments, and a parameter that is added through a view of itself."""
+    """One layer in two segments; and a parameter added through a view, whose gradient is memory that others need."""
 
     def __init__(self, reentrant=None):
         super().__init__()
-        self.shift = nn.Parameter(torch.randn(30))
+        self.shift, self.late = nn.Parameter(torch.randn(30)), nn.Parameter(torch.randn(30))
         self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 7)
         self.reentrant = reentrant
         self.calls = 0
@@ -32,7 +33,7 @@ class Twice(nn.Module):
                 x = self.layer(x).tanh()
             else:
                 x = checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=self.reentrant)
-        return self.head(x + self.shift.view_as(x))
+        return self.head(x + self.late.view_as(x))
 
 
 def build(**settings):
@@ -89,6 +90,22 @@ def test_gradients_never_exist_together():
     for hook in hooks:
         hook.remove()
     assert held == [1] * len(params) * 3
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_graph_is_left_when_the_next_forward_begins(monkeypatch, alone):
+    monkeypatch.setattr(Replicas, "alone", alone)
+    model, x = build()
+    outputs, alive = [], []
+
+    def forward():
+        alive.append([ref() is not None for ref in outputs])
+        logits = model(x)
+        outputs.append(weakref.ref(logits))
+        return logits
+
+    GaussNewtonBartlett().estimate([forward] * 3, list(model.parameters()), exact.refresh())
+    assert alive == [[], [False], [False, False]]
 
 
 def test_nothing_is_left_behind():
