@@ -325,7 +325,7 @@ def test_memory_is_read_in_words_of_16_bytes_and_no_register_is_spilled(state):
         signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
     )
-    made = compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": cuda.WARPS})
+    made = compiled(source, target=GPUTarget("cuda", 90, 32), options=cuda.OPTIONS)
     words = {"float32": (8, 4), "bfloat16": (6, 3)}[state]  # of θ, g, m, h and of θ, m: a thread has 8 elements
     assert (made.asm["ptx"].count("ld.global.v4.b32"), made.asm["ptx"].count("st.global.v4.b32")) == words
     assert "st.local" not in made.asm["ptx"]

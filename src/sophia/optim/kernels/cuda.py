@@ -23,7 +23,7 @@ from sophia.optim.layout import flat_alike
 # the first is needed. At 48 registers a thread ten programs share a multiprocessor, with 160 KB on their way: several
 # times what the latency of an H200's memory asks for.
 TILE = 1024
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the latter is Triton's default, but 3.9 announces another
 
 _KEPT = 32  # tables remembered: gradients may alternate between a few places
 _LEAST_CAPABILITY = (8, 0)  # of bfloat16 conversions and of minima that keep a NaN
@@ -141,7 +141,7 @@ def _run(name: str, launch: "Launch", *arguments: object) -> None:
     device = launch.tensors.device
     # Triton launches on the current device, whatever the addresses are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _kernel(name)[(launch.tiles,)](launch.tensors, launch.owners, *arguments, TILE, num_warps=WARPS)
+        _kernel(name)[(launch.tiles,)](launch.tensors, launch.owners, *arguments, TILE, **OPTIONS)
 
 
 def _by_place(convert: Callable[[Any], float], value: float | Tensor) -> tuple[float, Tensor | None]:
