@@ -45,7 +45,7 @@ def handed_over(params: Sequence[Tensor], take: Callable[[int, Tensor], None]) -
             take(index, gradient)
 
     handles = [
-        param.register_post_accumulate_grad_hook(functools.partial(consume, index))
+        param.register_post_accumulate_grad_hook(functools.partial(consume, index))  # type: ignore[no-untyped-call]
         for index, param in enumerate(params)
         if param.requires_grad
     ]
