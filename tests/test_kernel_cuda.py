@@ -211,6 +211,7 @@ def test_momentum_is_rounded_as_rounding_specifies(t, transposed):
     keys = [rounding.tensor_key(5, number, rounding.EXP_AVG) for number in range(3)]
     on_host, on_device = draw(shapes, dtypes, seed=8), draw(shapes, dtypes, seed=8)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.71828, 1e-40, -3e38, 0.0])
+    special[0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # CUDA's NaN: noise would wrap it
     for columns in (on_host, on_device):
         columns[1][2].copy_(special)
         if transposed:
@@ -298,6 +299,19 @@ def test_the_device_is_told_again_only_when_an_address_changes():
         kept.append(params[number % 3].grad)  # so that no address comes twice
         optimizer.step()
     assert 2 < len(tables._work) <= 32
+
+
+@runs_kernels
+def test_memory_that_is_used_again_otherwise_is_looked_at_anew():
+    tables, memory = kernels.module(DEVICE).Tables(), torch.zeros(4, 24, device=DEVICE)
+    square = [[row.view(6, 4)] for row in memory]
+    assert tables.find(square, None).left == []
+    transposed = [square[0], [memory[1].as_strided((6, 4), (1, 6))], *square[2:]]
+    assert tables.find(transposed, None).left == [0]
+    (launch,) = tables.find([[row[:10]] for row in memory], None).launches
+    assert launch.staging[0, 4] == 10
+    (launch,) = tables.find([[row.view(torch.bfloat16)] for row in memory], None).launches
+    assert launch.dtypes == ("bfloat16",) * 4
 
 
 # ---- what the compiler makes of them
