@@ -308,6 +308,7 @@ def test_memory_that_is_used_again_otherwise_is_looked_at_anew():
     assert tables.find(square, None).left == []
     transposed = [square[0], [memory[1].as_strided((6, 4), (1, 6))], *square[2:]]
     assert tables.find(transposed, None).left == [0]
+    tables.find([[row[:20]] for row in memory], None)
     (launch,) = tables.find([[row[:10]] for row in memory], None).launches
     assert launch.staging[0, 4] == 10
     (launch,) = tables.find([[row.view(torch.bfloat16)] for row in memory], None).launches
