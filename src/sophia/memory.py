@@ -350,7 +350,9 @@ class _Step:
         """What the loss has of a chunk's logits and their gradients."""
         rows, width = min(tokens, chunk_rows(self.config.head_rows, self.device)), self.config.width
         logits = rows * self.config.head_rows * (_FP32 + (_BF16 if self.low else 0))
-        products = rows * self.entry + (min(BLOCK, self.config.head_rows) * (_BF16 + _FP32) if self.low else 0)
+        # Of a block of the weight's rows in bf16; from the second chunk on it is added up in fp32.
+        added = _BF16 + (_FP32 if tokens > rows else 0)
+        products = rows * self.entry + (min(BLOCK, self.config.head_rows) * added if self.low else 0)
         return logits + products * width
 
     @property

@@ -17,6 +17,7 @@ from sophia.step import Stepper
 
 SHAPE = {"vocab_size": 2048, "context": 64, "layers": 2, "heads": 4, "width": 128}
 WORKSPACE = 8 << 20  # which no allocation of PyTorch's shows
+SCRATCH = 1 << 20  # of Sophia's step on the CPU: too little to be estimated
 
 
 def stepper_of(config, *, optimizer, rows, micro_batch, precision, **changes):
@@ -95,7 +96,8 @@ def test_the_estimate_is_what_pytorch_records(model, settings):
         curvature_rows=4 if by_mean else 1,
         curvature_chunks=1 if by_mean else 4,
     )
-    assert estimate.live - WORKSPACE == pytest.approx(recorded_peak(config, **settings), rel=0.06)
+    scratch = SCRATCH if settings["optimizer"].startswith("sophia") else 0
+    assert estimate.live - WORKSPACE + scratch == pytest.approx(recorded_peak(config, **settings), rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [4, 8])
@@ -105,7 +107,7 @@ def test_curvature_needs_no_more_than_a_training_step(rows):
         recorded_peak(GPTConfig(**SHAPE), optimizer=optimizer, rows=rows, micro_batch=4, precision="fp32")
         for optimizer in ("adamw", "sophia-g")
     )
-    assert sophia <= adamw + (1 << 20) + 4096  # the scratch of Sophia's step on the CPU
+    assert sophia <= adamw + SCRATCH + 4096
 
 
 def test_a_refresh_begins_without_the_last_steps_gradients():
