@@ -24,7 +24,7 @@ from sophia.optim.kernels.cpu_words import (
     store_stochastic,
 )
 
-CHUNK = 256
+CHUNK = 128
 _LINE = 64  # bytes that memory comes in
 
 # A row of the table is a tensor: the number of elements of all tensors before it, its rounding key, the addresses of
