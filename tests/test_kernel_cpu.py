@@ -138,6 +138,16 @@ def test_what_is_not_finite_goes_where_it_goes_on_the_plain_path(column, value):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+def test_noise_does_not_wrap_a_nan():
+    """CUDA's NaN has all bits set: noise added to them would make it a small number."""
+    columns = draw([(300,)], (F32, F32, BF16, BF16), seed=9)
+    columns[1][0].view(torch.int32).fill_(-1)
+    for t in range(5):
+        step(columns, keys=[t], step=t)
+        assert columns[2][0].isnan().all()
+        columns[2][0].zero_()
+
+
 def test_found_inf_changes_nothing():
     columns = draw()
     before = clone(columns)
