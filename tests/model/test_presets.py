@@ -63,6 +63,14 @@ def test_the_trainers_optimizers_take_the_recipes(optimizer):
     assert group["lr"] == preset("nano").recipes[optimizer]["lr"]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_short_runs_have_short_memories(optimizer):
+    # nano's and micro's settings were searched together: they differ in nothing but the learning rate.
+    nano, micro = (dict(preset(name).recipes[optimizer]) for name in ("nano", "micro"))
+    assert nano.pop("lr") > micro.pop("lr")
+    assert nano == micro
+
+
 def test_a_config_takes_vocabulary_and_changes():
     config = preset("gpt2-medium").config(5000, context=64, padded_vocab_size=5056)
     assert (config.vocab_size, config.context, config.width, config.head_rows) == (5000, 64, 1024, 5056)
