@@ -22,8 +22,8 @@ def estimate(
     clock: Clock,
     replicas: Replicas,
     autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
-) -> list[Tensor | None]:
-    """The estimator's answer, one local tensor or None a parameter.
+) -> tuple[list[Tensor | None], float]:
+    """The estimator's sums, one local tensor or None a parameter, and the factor that makes them the estimate.
 
     Raises:
         ValueError: forward or rows are not what they must be, or the ranks came with different numbers of forwards.
@@ -45,4 +45,4 @@ def estimate(
         seed=clock.seed, step=clock.time, scale=clock.scale, replicas=replicas, rows=numbers, autocast=autocast
     )
     with fsdp.gathered_anew():
-        return estimator.estimate(forwards, params, refresh)
+        return estimator.sums(forwards, params, refresh)

@@ -567,14 +567,16 @@ class Sophia(Optimizer):
         autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
     ) -> bool:
         params = self._parameters()
-        estimates = refresh.estimate(
+        sums, factor = refresh.estimate(
             estimator, forward, params, rows=rows, clock=self._clock, replicas=replicas, autocast=autocast
         )
         with torch.no_grad():
-            return self._fold(estimates, params, replicas)
+            return self._fold(sums, params, replicas, factor)
 
-    def _fold(self, estimates: Sequence[Tensor | None], params: Sequence[Tensor], replicas: Replicas) -> bool:
-        """Fold local estimates in, unless one is not finite on some rank."""
+    def _fold(
+        self, estimates: Sequence[Tensor | None], params: Sequence[Tensor], replicas: Replicas, factor: float = 1.0
+    ) -> bool:
+        """Fold local estimates, times a factor, in, unless one is not finite on some rank."""
         device = local(params[0]).device
         if not replicas.everywhere(checks.all_finite(estimates), device):
             self._clock.refuse()
@@ -596,6 +598,7 @@ class Sophia(Optimizer):
                     [hessian for hessian, _, _ in folded],
                     [estimate for _, estimate, _ in folded],
                     beta2=group["betas"][1],
+                    scale=factor,
                     path=paths[device],
                     scratch=self._scratch,
                     keys=[key for _, _, key in folded],

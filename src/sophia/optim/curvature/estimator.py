@@ -56,6 +56,15 @@ class Estimator(Protocol):
         """
         ...
 
+    def sums(
+        self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh
+    ) -> tuple[list[Tensor | None], float]:
+        """The estimate before a last multiplication, and the factor.
+
+        The optimizer multiplies in the pass over memory that folds the estimate in, instead of one more.
+        """
+        ...
+
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """Our own arithmetic and backward passes run in the dtypes that their tensors have."""

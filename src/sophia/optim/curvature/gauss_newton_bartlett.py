@@ -68,11 +68,18 @@ class GaussNewtonBartlett:
         Raises:
             ValueError: on all ranks, when an output does not fit the estimator or no prediction counts on any rank.
         """
+        squares, factor = self.sums(forwards, params, refresh)
+        return [None if square is None else square.mul_(factor) for square in squares]
+
+    def sums(
+        self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh
+    ) -> tuple[list[Tensor | None], float]:
+        """Σ_c s_c ⊙ s_c, one fp32 tensor or None a parameter, and 1/N; as :meth:`estimate`, which is their product."""
         try:
             squares, total = self._sums_of_squares(forwards, params, refresh, streams=refresh.replicas.alone)
         except GradientInPartsError:  # a square of parts is another number: begin again, with whole gradients
             squares, total = self._sums_of_squares(forwards, params, refresh, streams=False)
-        return [None if square is None else square.div_(total) for square in squares]
+        return squares, 1 / total
 
     def chunk_gradients(
         self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh

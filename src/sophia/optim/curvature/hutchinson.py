@@ -76,6 +76,12 @@ class Hutchinson:
                 estimates[index] = product.mul_(direction)
         return estimates
 
+    def sums(
+        self, forwards: Sequence[Forward], params: Sequence[Tensor], refresh: Refresh
+    ) -> tuple[list[Tensor | None], float]:
+        """:meth:`estimate`, and the factor 1."""
+        return self.estimate(forwards, params, refresh), 1.0
+
     def _noise(self, param: Tensor, index: int, refresh: Refresh) -> Tensor:
         """This rank's part of the global noise of one parameter, in at least fp32."""
         key = noise.stream_key(refresh.seed, refresh.step, index)
