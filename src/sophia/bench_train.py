@@ -262,8 +262,8 @@ def _gpt2_of_transformers(config: GPTConfig) -> nn.Module:
         "attn_implementation": "sdpa",
     }
     torch.manual_seed(0)
-    model: Any = GPT2LMHeadModel(GPT2Config(**shape)).train()
-    model.loss_type = "ForCausalLM"  # the default; unless it is said, a note is printed
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**shape)).train()
+    vars(model)["loss_type"] = "ForCausalLM"  # the default; unless it is said, a note is printed
     return model
 
 
