@@ -3,7 +3,6 @@
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from sophia import SophiaG, machine
 from sophia.bench_result import publish
 from sophia.optim import kernels
+from sophia.timing import timed
 
 _REFERENCE = "AdamW fused"
 _FLOOR = "floor"
@@ -97,7 +97,7 @@ def measure(settings: StepSettings, console: Console) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in track(range(settings.rounds + 1), description="timing steps", console=console, transient=True):
         for name, contender in contenders.items():
-            seconds[name].append(_timed(contender.run, settings.device))
+            seconds[name].append(timed(contender.run, torch.device(settings.device)))
     for times in seconds.values():
         del times[0]  # the first round compiles kernels, touches new memory and fills caches
     parameters = sum(torch.Size(shape).numel() for shape in shapes)
@@ -200,16 +200,6 @@ def _first_call_seconds(device: str) -> float | None:
     code = _FIRST_CALL.format(threads=torch.get_num_threads(), device=device)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
-
-
-def _timed(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _summary(

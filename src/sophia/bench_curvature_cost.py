@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sophia.optim.sophia import Sophia
 from sophia.optimizers import Optimizers
 from sophia.presets import CURVATURE_INTERVAL
 from sophia.step import Stepper
+from sophia.timing import timed
 
 Run = Callable[[], object]
 
@@ -268,20 +268,6 @@ def _stepper(setup: Setup) -> tuple[Stepper, Tensor]:
     shape = setup.micro_batch, setup.config.context + 1
     ids = torch.randint(setup.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     return stepper, ids.to(setup.device)
-
-
-def timed(run: Run, device: torch.device) -> float:
-    """Seconds that a call takes, with what it started on the device."""
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -4,7 +4,6 @@ The loader is made to look bad: a small vocabulary and torch's fused AdamW make 
 single forward and backward pass, where a real step accumulates many but reads its batch at once.
 """
 
-import functools
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from sophia.data.loader import Batches, Prefetcher
 from sophia.data.shards import Dataset, write_dataset
 from sophia.model import GPT
 from sophia.presets import preset
+from sophia.timing import timed
 
 _DOCUMENT = 1 << 16
 _STEP = "step alone"
@@ -133,15 +133,15 @@ def _measure_model(name: str, dataset: Dataset, settings: LoaderBenchSettings, c
             waits.append(time.perf_counter() - began)
             return pair
 
-        timed: dict[str, Callable[[], object]] = {
+        calls: dict[str, Callable[[], object]] = {
             _STEP: lambda: step(*same),
             _READ: read,
             _AFTER: lambda: step(*read()),
             _AHEAD: lambda: step(*wait()),
         }
         for _ in track(range(settings.rounds + 1), description=f"timing {name}", console=console, transient=True):
-            for label, run in timed.items():
-                seconds[label].append(_timed(run, device))
+            for label, run in calls.items():
+                seconds[label].append(timed(run, device))
         seconds[_WAIT] = waits
     for times in seconds.values():
         del times[0]  # the first round touches new memory and fills caches
@@ -163,15 +163,6 @@ def _training_step(name: str, vocab_size: int, device: torch.device) -> Callable
         optimizer.zero_grad()
 
     return step
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    wait: Callable[[], object] = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else int
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began
 
 
 def _summary(times: list[float], steps: list[float]) -> dict[str, float]:

@@ -8,7 +8,6 @@ ours is. The ids are random; what a step costs does not depend on them.
 import contextlib
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sophia.model import GPT, GPTConfig, padded_vocabulary
 from sophia.optimizers import Optimizers
 from sophia.presets import default_curvature, preset
 from sophia.step import Stepper
+from sophia.timing import timed
 
 # A round is as many steps as there are from one curvature estimate to the next, so that each round pays for one.
 _STEPS = 10
@@ -185,7 +185,7 @@ def measure(settings: TrainBenchSettings, console: Console) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in track(range(settings.rounds), description="timing rounds of ten steps", console=console, transient=True):
         for name, loop in loops.items():
-            seconds[name].append(_timed(functools.partial(_round, loop, ids), device))
+            seconds[name].append(timed(functools.partial(_round, loop, ids), device))
     tokens = _STEPS * job.rows * job.config.context
     flops = flops_per_token(job.config)
     return {
@@ -270,21 +270,6 @@ def _gpt2_of_transformers(config: GPTConfig) -> nn.Module:
 def _round(loop: _PlainLoop | _Ours, ids: Tensor, steps: int = _STEPS) -> None:
     for index in range(steps):
         loop.step(ids, index)
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _begin_memory(device: torch.device) -> int:
