@@ -7,8 +7,8 @@ of the head's product follow at once: the hidden states' and the weight's, for a
 backward pass has only to multiply. The arithmetic is that of the plain loss, three products as large as the head's.
 
 Why not `torch.nn.functional.linear_cross_entropy` with its options for chunks, which does the same: under autocast it
-adds up the chunks' weight gradients in bf16, on the CPU it then multiplies in fp32, and its default chunks are three
-times slower there than those chosen here (docs/performance.md has the figures).
+adds up the chunks' weight gradients in bf16, on the CPU it then multiplies in fp32, and its default chunks
+are several times slower there than those chosen here (docs/performance.md has the figures).
 """
 
 import functools
@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia.optim.products import add_product_, linear_dtype, product
+
 IGNORED = -100
 """A target that does not count."""
 
 # Predictions in a chunk. Each chunk reads and writes the weight's gradient once, so a few hundred are needed to keep
 # the processor multiplying; with 512 the logits take less room than that gradient where the model is wider than 512.
 _CPU_ROWS = 512
-# Rows of the weight whose gradient of one chunk, where that is not added up in place, exists at the same time: small
-# enough for the processor's cache, which made the loss 20 % faster in bf16 on the CPU.
-BLOCK = 4096
 # GPUs multiply so fast that the same wants more of them; 2^27 logits are 512 MiB in fp32.
 _GPU_ENTRIES = 1 << 27
 
@@ -70,7 +69,7 @@ def summed_cross_entropy(
     Returns:
         A scalar in nats, in fp32 (fp64 for hidden states in fp64).
     """
-    shape = _Shape(vocab_size=vocab_size, dtype=_product_dtype(hidden), compiled=compiled)
+    shape = _Shape(vocab_size=vocab_size, dtype=linear_dtype(hidden, weight), compiled=compiled)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         total: Tensor = _Summed.apply(hidden, weight, targets, shape)  # type: ignore[no-untyped-call]
         return total
@@ -128,14 +127,14 @@ def _pass(
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             read = hidden[part].to(shape.dtype)  # [chunk, width]
-            logits = _product(read, low.t(), buffer[: len(read)])
+            logits = product(read, low.t(), buffer[: len(read)])
             losses[part] = act(logits, targets[part], shape.vocab_size, any(wants))
             # Dropped before the next chunk's product needs the room.
             gradient = logits.to(shape.dtype)
             if to_hidden is not None:
                 to_hidden[part] = gradient @ low
             if to_weight is not None:
-                _add_product_(to_weight, gradient.t(), read, first=start == 0)
+                add_product_(to_weight, gradient.t(), read, first=start == 0)
             del gradient
     return losses.sum(), to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
 
@@ -178,40 +177,8 @@ def _compiled_act() -> Callable[[Tensor, Tensor, int, bool], Tensor]:
     return torch.compile(_fusible_loss_and_gradient_, dynamic=False)
 
 
-def _buffer(chunk: int, rows: int, hidden: Tensor, dtype: torch.dtype, product: torch.dtype) -> Tensor:
-    """Room for a chunk's logits, [chunk, rows]. On the CPU columns are contiguous: the product is 15 % faster so."""
-    if hidden.device.type == "cpu" and dtype == product:
+def _buffer(chunk: int, rows: int, hidden: Tensor, dtype: torch.dtype, factors: torch.dtype) -> Tensor:
+    """Room for a chunk's logits, [chunk, rows]. On the CPU columns are contiguous, which its product is faster with."""
+    if hidden.device.type == "cpu" and dtype == factors:
         return hidden.new_empty(rows, chunk, dtype=dtype).t()
     return hidden.new_empty(chunk, rows, dtype=dtype)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``left @ right``, written into ``out``, whose dtype may be a higher one."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    if left.device.type == "cuda":  # where the product's own sums, in fp32, are to be had
-        return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return out.copy_(left @ right)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """``total += left @ right``, added up in the dtype of ``total``, which the first product overwrites."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-        return
-    for start in range(0, len(total), BLOCK):
-        part = slice(start, start + BLOCK)
-        on_gpu = left.device.type == "cuda"
-        product = torch.mm(left[part], right, out_dtype=total.dtype) if on_gpu else left[part] @ right
-        if first:
-            total[part] = product
-        else:
-            total[part] += product
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer computes in, here and now."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype

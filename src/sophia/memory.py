@@ -37,8 +37,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sophia.accounting import ParameterCount, count_parameters
-from sophia.loss import BLOCK, chunk_rows
+from sophia.loss import chunk_rows
 from sophia.model import GPTConfig
+from sophia.optim.products import BLOCK
 from sophia.optim.update import BUCKET
 
 Precision = Literal["fp32", "bf16"]

@@ -71,10 +71,16 @@ def _gib(size: float, gpus: int) -> list[str]:
     return [f"{size * times / _GIB:.2f}" for times in ((1, gpus) if gpus > 1 else (1,))]
 
 
+def _largest(setup: dict[str, Any]) -> str:
+    if setup["micro_batches_per_step"] == 1:
+        return f"All {setup['micro_batch']} sequences of a device go through at once."
+    return f"{setup['micro_batch']} is the largest that does."
+
+
 def _verdict(plan: dict[str, Any]) -> str:
     needed, usable = plan["memory"]["per_gpu"]["total"], plan["memory"]["usable_per_gpu"]
     if plan["fits"]:
-        chosen = "" if plan["settings"]["micro_batch"] else f" {plan['setup']['micro_batch']} is the largest that does."
+        chosen = "" if plan["settings"]["micro_batch"] else f" {_largest(plan['setup'])}"
         return f"[green]It fits[/], in {needed / usable:.0%} of the usable memory.{chosen}"
     return f"[red]It does not fit[/]: {needed / _GIB:.2f} GiB are needed, {usable / _GIB:.2f} usable."
 

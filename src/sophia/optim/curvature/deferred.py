@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sophia.optim.curvature.likelihood import blocks, output_noise
 from sophia.optim.gradients import graph_nodes
+from sophia.optim.products import add_product_, linear_dtype
 
 # Logits that exist at one time. Larger blocks read the weight less often.
 _BLOCK = 1 << 24
@@ -132,10 +133,7 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        kind = hidden.device.type
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = linear_dtype(hidden, weight)
         rows = len(weight)
         ctx.deferred_head = Head(shape=hidden.shape, classes=rows, vocab_size=vocab_size or rows, dtype=dtype)
         return hidden.new_zeros(())
@@ -182,13 +180,7 @@ def _gradients(hidden: Tensor, weight: Tensor, head: Head, request: NoiseRequest
         if request.scale != 1:
             noise.mul_(request.scale)
         grad_hidden[row, position] = noise @ real
-        flat_noise, flat_part = noise.flatten(0, 1), part.flatten(0, 1)
-        if sums.dtype == head.dtype:
-            sums.addmm_(flat_noise.T, flat_part)
-        elif sums.device.type == "cuda":  # whose matrix units add up in fp32 anyway
-            sums += torch.mm(flat_noise.T, flat_part, out_dtype=sums.dtype)
-        else:
-            sums += flat_noise.T @ flat_part
+        add_product_(sums, noise.flatten(0, 1).T, part.flatten(0, 1))
     return grad_hidden.view_as(hidden), grad_weight.to(weight.dtype)
 
 
