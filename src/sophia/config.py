@@ -236,7 +236,7 @@ def read_toml(path: Path) -> TrainSettings:
 
 def from_mapping(content: Mapping[str, Any], *, origin: str) -> TrainSettings:
     """Settings from nested tables; ``origin`` names them in errors."""
-    return typing.cast("TrainSettings", _build(TrainSettings, content, origin=origin, table=""))
+    return typing.cast("TrainSettings", build(TrainSettings, content, origin=origin))
 
 
 def write_toml(settings: TrainSettings, path: Path) -> None:
@@ -284,24 +284,43 @@ def _flat(settings: Any) -> dict[str, Any]:
     return flat
 
 
-def _build(kind: Any, content: Mapping[str, Any], *, origin: str, table: str) -> Any:
+def build(kind: Any, content: Mapping[str, Any], *, origin: str, table: str = "", root: type[Any] | None = None) -> Any:
+    """A dataclass of settings from a TOML table.
+
+    Args:
+        kind: The dataclass; its fields may be dataclasses, which are tables of their own.
+        content: The table.
+        origin: The file, for errors.
+        table: The table's name, for errors; empty: the whole file.
+        root: The dataclass of the whole file, whose tables are searched for a key that stands in the wrong one; None is
+            `kind`.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value of the wrong type.
+    """
+    root = root or kind
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in content.items():
         if name not in hints:
-            raise ValueError(_unknown(name, hints, origin=origin, table=table))
+            raise ValueError(_unknown(name, hints, origin=origin, table=table, root=root))
         place = f"{table}.{name}" if table else name
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{origin}: {place} is a table: write its keys below a line [{place}]")
-            values[name] = _build(hints[name], value, origin=origin, table=place)
+            values[name] = build(hints[name], value, origin=origin, table=place, root=root)
         else:
-            values[name] = _converted(value, hints[name], f"{origin}: {place}")
+            values[name] = converted(value, hints[name], f"{origin}: {place}")
+    for one in dataclasses.fields(kind):
+        if one.name not in values and one.default is one.default_factory is dataclasses.MISSING:
+            is_table = dataclasses.is_dataclass(hints[one.name])
+            where = f" in [{table}]" if table else ""
+            raise ValueError(f"{origin}: no {f'table [{one.name}]' if is_table else one.name}{where}")
     return kind(**values)
 
 
-def _unknown(name: str, hints: Mapping[str, Any], *, origin: str, table: str) -> str:
-    fields = typing.get_type_hints(TrainSettings)
+def _unknown(name: str, hints: Mapping[str, Any], *, origin: str, table: str, root: type[Any]) -> str:
+    fields = typing.get_type_hints(root)
     sections = {key: hint for key, hint in fields.items() if dataclasses.is_dataclass(hint)}
     for section, hint in sections.items():
         if section != table and name in typing.get_type_hints(hint):
@@ -310,8 +329,12 @@ def _unknown(name: str, hints: Mapping[str, Any], *, origin: str, table: str) ->
     return f"{origin}: unknown key {name}{f' in [{table}]' if table else ''}{nearest(name, known)}"
 
 
-def _converted(value: Any, hint: Any, place: str) -> Any:
-    """The value as the field's type wants it; TOML has no paths, tuples or literals."""
+def converted(value: Any, hint: Any, place: str) -> Any:
+    """The value as the field's type wants it; TOML has no paths, tuples or literals.
+
+    Raises:
+        ValueError: It is of another type; ``place`` names it.
+    """
     kinds = _alternatives(hint)
     for kind in kinds:
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -321,7 +344,7 @@ def _converted(value: Any, hint: Any, place: str) -> Any:
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if typing.get_origin(kind) is tuple and isinstance(value, list):
-            return tuple(_converted(item, typing.get_args(kind)[0], place) for item in value)
+            return tuple(converted(item, typing.get_args(kind)[0], place) for item in value)
         if isinstance(kind, type) and type(value) is kind:
             return value
     wanted = " or ".join(_described(kind) for kind in kinds if kind is not types.NoneType)

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-Value = str | int | float | bool
+Value = str | int | float | bool | tuple[str, ...]
 Settings = tuple[tuple[str, Value], ...]
 """Fields of `OptimizerSettings` without the optimizer itself, sorted by name: hashable, and equal when they are."""
 
 
-def settings(**values: Value) -> Settings:
-    """Settings in their one order."""
-    return tuple(sorted(values.items()))
+def settings(**values: Value | list[str]) -> Settings:
+    """Settings in their one order; lists, which is what JSON makes of tuples, become tuples again."""
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class RunSpec:
     """Updates: the schedule is as long as the run."""
     seed: int
     """Of initial weights, data order and curvature noise."""
+    kind: str = ""
+    """What the entry's name stands for: its optimizer, with its hook behind a plus sign. A study that gives the name to
+    another optimizer asks for other runs."""
 
     @property
     def tokens(self) -> int:
@@ -39,7 +42,7 @@ class RunSpec:
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits that name this run: the same wants never run twice."""
-        content = [self.settings, self.tokens_per_step, self.steps, self.seed, self.optimizer]
+        content = [self.settings, self.tokens_per_step, self.steps, self.seed, self.optimizer, self.kind]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
