@@ -102,6 +102,11 @@ class Clock:
         return float(self._groups[0]["curvature_scale"])
 
     @property
+    def accepted(self) -> int:
+        """Refreshes accepted."""
+        return int(self._groups[0]["accepted_refreshes"])
+
+    @property
     def refused(self) -> int:
         """Refreshes refused because an estimate was not finite."""
         return int(self._groups[0]["refused_refreshes"])
@@ -109,7 +114,7 @@ class Clock:
     @property
     def attempted(self) -> bool:
         """Whether a refresh was ever accepted or refused."""
-        return bool(self._groups[0]["accepted_refreshes"] or self._groups[0]["refused_refreshes"])
+        return bool(self.accepted or self.refused)
 
     @property
     def due(self) -> bool:
@@ -162,8 +167,7 @@ class Clock:
 
     def accept(self) -> None:
         """Count an accepted refresh at the present step."""
-        accepted = int(self._groups[0]["accepted_refreshes"]) + 1
-        self._set(last_refresh=self.time, accepted_refreshes=accepted, curvature_scale=min(1.0, self.scale * 2))
+        self._set(last_refresh=self.time, accepted_refreshes=self.accepted + 1, curvature_scale=min(1.0, self.scale * 2))
 
     def refuse(self) -> None:
         """Count a refused refresh: it stays due, and is tried again at a lower scale."""

@@ -129,6 +129,11 @@ class Sophia(Optimizer):
         """
         return self._clock.due
 
+    @property
+    def refreshes(self) -> int:
+        """How many refreshes were accepted since the start of training; a state dict keeps it. Waits for nothing."""
+        return self._clock.accepted
+
     def refresh_curvature(
         self,
         forward: Callable[[], Any] | Iterable[Callable[[], Any]],
