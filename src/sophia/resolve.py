@@ -57,6 +57,18 @@ def resolve(settings: TrainSettings, dataset: Dataset, here: World) -> TrainSett
     return settings
 
 
+def resolve_optimizer(settings: TrainSettings) -> TrainSettings:
+    """What `resolve` fills in and refuses without data and ranks: the model's shape, the lengths and the optimizer.
+
+    Raises:
+        ValueError: A setting is out of its range, or has no meaning for this optimizer.
+    """
+    base = preset(settings.model.model)
+    settings = _with_optimizer(_with_lengths(_with_model(settings, base), base), base)
+    _check_ranges(settings)
+    return settings
+
+
 def model_config(settings: TrainSettings, dataset: Dataset) -> GPTConfig:
     """The model of resolved settings, with the data's vocabulary."""
     shape = settings.model
@@ -180,15 +192,19 @@ def _check(settings: TrainSettings, dataset: Dataset, here: World) -> None:
         )
     if batch.micro_batch != "auto" and batch.micro_batch < 1:
         raise ValueError(f"micro_batch is {batch.micro_batch}; it must be at least 1, or auto")
+    _check_ranges(settings)
+    check_trackers(settings.logging.track)
+    here.rows(rows_per_step(settings))
+    model_config(settings, dataset)
+    factor(settings, 0)
+
+
+def _check_ranges(settings: TrainSettings) -> None:
     for section, ranges in _RANGES.items():
         for name, (inside, where) in ranges.items():
             value = getattr(getattr(settings, section), name)
             if value is not None and not inside(value):
                 raise ValueError(f"{name} is {value}; it must be {where}")
-    check_trackers(settings.logging.track)
-    here.rows(rows_per_step(settings))
-    model_config(settings, dataset)
-    factor(settings, 0)
 
 
 def factor(settings: TrainSettings, step: int) -> float:
