@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, Command] = {
     "eval": Command("sophia.eval_command", "evaluate_command", "loss, perplexity and bits per byte of a run"),
     "sample": Command("sophia.sample_command", "sample", "text from a trained model"),
     "export": Command("sophia.export_command", "export", "a folder that transformers loads"),
+    "compare": Command("sophia.compare", "compare", "a fair race between optimizers, with statistics and a report"),
     "plan": Command(
         "sophia.plan", "plan", "what fits on which GPUs, how fast and how dear, before anything is started"
     ),

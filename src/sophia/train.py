@@ -36,6 +36,10 @@ _MOST_ROLLBACKS = 5
 _USUALLY_HELPS = "A new run with a lower --lr or a longer --warmup-steps usually helps"
 
 
+class Diverged(ValueError):
+    """Training left the numbers and could not go on."""
+
+
 @dataclass(kw_only=True)
 class Progress:
     """How far a run is, apart from model and optimizers: all of it is in its checkpoints."""
@@ -189,7 +193,7 @@ class Trainer:
         self.metrics.write({"step": step, "event": "skipped", "loss": loss, "grad_norm": norm})
         self.note(f"step {step}: loss {loss:g}, gradient norm {norm:g}: not finite, update left out")
         if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
-            raise ValueError(
+            raise Diverged(
                 f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step {step}; "
                 f"{self._last_checkpoint()}. {_USUALLY_HELPS}"
             )
@@ -223,7 +227,7 @@ class Trainer:
         self.watch = SpikeWatch(self.settings.guards.spike_sigmas, self.progress.recent)
         self.readings = Readings(self.progress.unseen)
         if len(self.progress.rollbacks) >= _MOST_ROLLBACKS:
-            raise ValueError(
+            raise Diverged(
                 f"the loss spiked again after {_MOST_ROLLBACKS} rollbacks to step {step}; {self._last_checkpoint()}. "
                 f"{_USUALLY_HELPS}"
             )
@@ -285,7 +289,7 @@ class Trainer:
         bad = sum(int((~local(p.detach()).isfinite()).sum()) for p in self.session.model.parameters())
         (bad_anywhere,) = self.here.sum(float(bad))
         if bad_anywhere and done:
-            raise ValueError(f"the last weights are not finite; {self._last_checkpoint()}. {_USUALLY_HELPS}")
+            raise Diverged(f"the last weights are not finite; {self._last_checkpoint()}. {_USUALLY_HELPS}")
         return not bad_anywhere
 
     def _save(self) -> None:

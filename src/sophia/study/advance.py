@@ -1,0 +1,92 @@
+"""Advancing a study: what the plan wants goes to the workers, and what they finish into the ledger."""
+
+import time
+from collections.abc import Callable
+
+from sophia.guards import Signals
+from sophia.study.ledger import Ledger
+from sophia.study.plan import Plan, plan
+from sophia.study.pool import Pool
+from sophia.study.progress import Progress
+from sophia.study.runs import RunSpec
+from sophia.study.settings import Study
+from sophia.study.worker import Failed, Finished, Message, Note, Step
+
+_LOOK_SECONDS = 0.5
+
+
+def advance(
+    study: Study,
+    ledger: Ledger,
+    pool: Pool,
+    progress: Progress,
+    signals: Signals,
+    *,
+    minutes: float | None = None,
+    before: Callable[[RunSpec], None] = lambda _: None,
+) -> Plan:
+    """Make all runs that the study wants; ends the pool's workers.
+
+    Args:
+        study: What is wanted.
+        ledger: What is finished, and will be.
+        pool: Who does it.
+        progress: Is told of everything.
+        signals: A signal ends the work, with checkpoints of the runs in progress.
+        minutes: After so many no run is begun; those in progress are finished. None: no limit.
+        before: Called with each run that is about to begin.
+
+    Returns:
+        What there is, and what is left.
+
+    Raises:
+        ValueError: A run cannot be made; the finished ones are in the ledger.
+        RuntimeError: A mistake of ours, with a worker's traceback.
+    """
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    state = plan(study, ledger.runs)
+    try:
+        while not signals.received:
+            if until is None or time.monotonic() < until:
+                _begin(state, pool, progress, before)
+            if not pool.running:
+                break
+            progress.plan(state, pool.running)
+            finished = _take(pool.wait(_LOOK_SECONDS), ledger, progress)
+            if finished:
+                state = plan(study, ledger.runs)
+    finally:
+        _take(pool.stop(), ledger, progress)
+        state = plan(study, ledger.runs)
+        progress.plan(state, [])
+    return state
+
+
+def _begin(state: Plan, pool: Pool, progress: Progress, before: Callable[[RunSpec], None]) -> None:
+    """Give every idle worker a run."""
+    begun = {spec.id for spec in pool.running}
+    for spec in state.wanted:
+        if not pool.idle:
+            return
+        if spec.id not in begun:
+            before(spec)
+            pool.start(spec)
+            progress.begun(spec)
+
+
+def _take(messages: list[Message], ledger: Ledger, progress: Progress) -> bool:
+    """Write down what is finished, all of it before any failure is told. Returns whether there was anything."""
+    finished = [message.run for message in messages if isinstance(message, Finished)]
+    for run in finished:
+        ledger.append(run)
+        progress.finished(run)
+    for message in messages:
+        if isinstance(message, Step):
+            progress.step(message.id, message.step)
+        elif isinstance(message, Note):
+            progress.note(message.id, message.text)
+        elif isinstance(message, Failed):
+            if message.trace:
+                raise RuntimeError(f"run {message.id} failed:\n{message.trace}")
+            raise ValueError(f"run {message.id}: {message.message}")
+    return bool(finished)
