@@ -1,13 +1,20 @@
 """results.json: everything that a study found, finished or not, in the one form that the report reads."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from sophia.presets import PRESETS
+from sophia.study import evidence, verdict
+from sophia.study.flags import flags
 from sophia.study.measured import Cost
-from sophia.study.plan import Plan
-from sophia.study.runs import FinishedRun
-from sophia.study.settings import Study
+from sophia.study.plan import AblationCell, Cell, Plan, Trial
+from sophia.study.runs import FinishedRun, RunSpec
+from sophia.study.settings import Entry, Study
+from sophia.study.standing import Standings, final_loss, paired
+from sophia.study.statistics import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,7 @@ class StudyContext:
     text_sha256: str
     """Of the text; empty for builtin text, which has its fingerprint."""
     machine: Mapping[str, Any]
-    """`machine.describe()`, with the conditions that all runs share."""
+    """`machine.describe()`."""
     parameters: int
     """Numbers of the model that training adjusts."""
     vocab_size: int
@@ -56,4 +63,256 @@ def build(
     Raises:
         ValueError: Runs or timings are not comparable; the message names them.
     """
-    raise NotImplementedError
+    found = evidence.check(study, plan, finished, costs)
+    table = Standings(study, plan, finished, costs)
+    timed = all(table.cost(entry.name, study.race.tokens_per_step) for entry in study.optimizers)
+    results: dict[str, Any] = {
+        "study": _study(study, context),
+        "machine": _machine(context, finished),
+        "baseline": study.race.baseline,
+        "headline": study.race.headline or None,
+        "verdict": "",
+        "complete": plan.done and timed,
+        "optimizers": {entry.name: _optimizer(table, entry) for entry in study.optimizers},
+        "baseline_curve": [
+            _point(table, cell) for cell in plan.cells if cell.optimizer == study.race.baseline and cell.finals
+        ],
+        "ablations": [_ablation(table, cell) for cell in plan.ablations],
+        "runs": _runs(table),
+        "flags": [*flags(table, context.committed), *found],
+    }
+    results["verdict"] = verdict.sentence(results)
+    return results
+
+
+def _study(study: Study, context: StudyContext) -> dict[str, Any]:
+    race = study.race
+    return {
+        "name": study.name,
+        "about": study.about,
+        "text": context.text,
+        "text_sha256": context.text_sha256 or None,
+        "fingerprint": context.fingerprint,
+        "tokens": race.tokens,
+        "tokens_per_step": race.tokens_per_step,
+        "steps": race.tokens // race.tokens_per_step,
+        "context": context.context,
+        "model": _model(study, context),
+        "schedule": {
+            "kind": race.schedule,
+            "warmup_fraction": race.warmup_fraction,
+            "final_lr_fraction": race.final_lr_fraction,
+            "max_grad_norm": race.max_grad_norm,
+        },
+        "budgets": [share * race.tokens for share in race.baseline_budgets],
+        "seeds": list(race.seeds),
+        "headline_seeds": list(race.headline_seeds or race.seeds),
+        "search_seed": race.search_seed,
+        "trials": race.trials,
+        "retrials": race.retrials,
+        "factor": race.factor,
+        "eval_windows": race.eval_windows,
+        "file": context.file,
+        "file_sha256": context.file_sha256,
+        "committed": context.committed,
+    }
+
+
+def _model(study: Study, context: StudyContext) -> dict[str, Any]:
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(study.model).items()}
+    base = PRESETS.get(study.model.model)
+    if base is not None and study.model.init_from is None:
+        shape = ("layers", "heads", "width", "attention_scale_by_layer")
+        plain |= {name: getattr(base, name) for name in shape if plain[name] is None}
+    return {**plain, "context": context.context, "parameters": context.parameters, "vocab_size": context.vocab_size}
+
+
+def _machine(context: StudyContext, finished: Mapping[str, FinishedRun]) -> dict[str, Any]:
+    """With what the runs themselves wrote down: one value where they agree, else all."""
+    seen: dict[str, list[Any]] = {}
+    for run in finished.values():
+        for name, value in ({} if run.evidence is None else run.evidence.conditions).items():
+            if value not in seen.setdefault(name, []):
+                seen[name].append(value)
+    dates = sorted({run.date for run in finished.values() if run.date})
+    return {
+        **context.machine,
+        "conditions": {name: values[0] if len(values) == 1 else values for name, values in seen.items()},
+        "dates": [dates[0], dates[-1]] if dates else None,
+    }
+
+
+def _optimizer(table: Standings, entry: Entry) -> dict[str, Any]:
+    race = table.study.race
+    cell, reference = table.cell(entry.name), table.cell(race.baseline)
+    standing = table.standing(cell, reference)
+    searches = [one for one in table.plan.cells if one.optimizer == entry.name]
+    return {
+        "optimizer": entry.optimizer,
+        "hook": entry.hook or None,
+        "best": None if cell is None or cell.best is None else dict(cell.best),
+        "final_loss": _loss(final_loss(table.losses(cell))),
+        "speedup_tokens": _estimate(standing.tokens),
+        "speedup_seconds": _estimate(standing.seconds),
+        "speedup_flops": _estimate(standing.flops),
+        "claim": standing.claim,
+        "claim_seconds": standing.claim_seconds,
+        "cost": _cost(table.cost(entry.name, race.tokens_per_step)),
+        "trials": 0 if cell is None else sum(trial.finished for trial in cell.trials),
+        "searches": [_search(one) for one in searches],
+        "paper_test": _paper_test(table, entry.name),
+        "best_batch": _best_batch(table, entry.name),
+        "clip_fraction": _clip_fraction(table, cell),
+    }
+
+
+def _search(cell: Cell) -> dict[str, Any]:
+    return {
+        "steps": cell.steps,
+        "tokens": cell.steps * cell.tokens_per_step,
+        "tokens_per_step": cell.tokens_per_step,
+        "edges": list(cell.edges),
+        "trials": [_trial(trial) for trial in cell.trials if trial.finished],
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {"settings": dict(trial.spec.settings), "loss": trial.loss, "why": trial.why, "id": trial.spec.id}
+
+
+def _paper_test(table: Standings, name: str) -> dict[str, Any] | None:
+    """The headline at half the budget against the baseline at the whole."""
+    race = table.study.race
+    half = table.cell(name, race.tokens // 2)
+    if name != race.headline or half is None or not table.losses(half):
+        return None
+    losses = table.losses(half)
+    return {
+        "tokens": half.steps * half.tokens_per_step,
+        "loss": _loss(final_loss(losses)),
+        "difference": _difference(paired(losses, table.losses(table.cell(race.baseline)))),
+    }
+
+
+def _best_batch(table: Standings, name: str) -> dict[str, Any] | None:
+    race = table.study.race
+    if not race.other_batches or name not in (race.baseline, race.headline):
+        return None
+    cell, reference = table.best_batch(name), table.best_batch(race.baseline)
+    if cell is None or cell.best is None or reference is None:
+        return None
+    standing = table.standing(cell, reference)
+    return {
+        "tokens_per_step": cell.tokens_per_step,
+        "best": dict(cell.best),
+        "final_loss": _loss(final_loss(table.losses(cell))),
+        "speedup_tokens": _estimate(standing.tokens),
+        "speedup_seconds": _estimate(standing.seconds),
+        "claim": standing.claim,
+    }
+
+
+def _clip_fraction(table: Standings, cell: Cell | None) -> list[dict[str, Any]] | None:
+    """The mean over the final runs, by step."""
+    by_step: dict[int, list[float]] = {}
+    for spec in () if cell is None else cell.finals:
+        for point in table.finished[spec.id].curve if spec.id in table.finished else ():
+            if point.clip_fraction is not None:
+                by_step.setdefault(point.step, []).append(point.clip_fraction)
+    return [{"step": step, "mean": sum(seen) / len(seen)} for step, seen in sorted(by_step.items())] or None
+
+
+def _point(table: Standings, cell: Cell) -> dict[str, Any]:
+    return {
+        "steps": cell.steps,
+        "tokens": cell.steps * cell.tokens_per_step,
+        "tokens_per_step": cell.tokens_per_step,
+        "lr": None if cell.best is None else dict(cell.best)["lr"],
+        "loss": _loss(final_loss(table.losses(cell))),
+    }
+
+
+def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
+    wanted = next(one for one in table.study.ablations if one.name == cell.name)
+    losses = table.losses(cell)
+    return {
+        "name": cell.name,
+        "of": cell.of,
+        "settings": dict(wanted.settings),
+        "best": None if cell.best is None else dict(cell.best),
+        "final_loss": _loss(final_loss(losses)),
+        "difference": _difference(paired(losses, table.losses(table.cell(cell.of)))),
+        "searched": bool(wanted.lr_factors),
+        "trials": [_trial(trial) for trial in cell.trials if trial.finished],
+        "cost": _cost(table.cost(cell.name, table.study.race.tokens_per_step)),
+    }
+
+
+def _runs(table: Standings) -> list[dict[str, Any]]:
+    places = _places(table.plan)
+    return [_run(table, run, *places.get(run.spec.id, ("unused", None))) for run in table.finished.values()]
+
+
+def _places(plan: Plan) -> dict[str, tuple[str, str | None]]:
+    """Run -> its role and the ablation that it belongs to."""
+    places: dict[str, tuple[str, str | None]] = {}
+
+    def put(specs: Sequence[RunSpec], role: str, ablation: str | None) -> None:
+        for spec in specs:
+            places.setdefault(spec.id, (role, ablation))
+
+    for cell in plan.cells:
+        put(cell.finals, "final", None)
+        put([trial.spec for trial in cell.trials], "search", None)
+    for one in plan.ablations:
+        put(one.finals, "ablation", one.name)
+        put([trial.spec for trial in one.trials], "search", one.name)
+    return places
+
+
+def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) -> dict[str, Any]:
+    spec = run.spec
+    cost = table.cost(ablation or spec.optimizer, spec.tokens_per_step)
+    if cost is not None and not evidence.same_cost(cost.settings, spec.settings):
+        cost = None
+    return {
+        "id": spec.id,
+        "optimizer": spec.optimizer,
+        "ablation": ablation,
+        "settings": dict(spec.settings),
+        "seed": spec.seed,
+        "tokens": spec.tokens,
+        "steps": spec.steps,
+        "tokens_per_step": spec.tokens_per_step,
+        "seconds": None if cost is None else cost.seconds_per_step * spec.steps,
+        "seconds_as_run": run.seconds,
+        "flops": None if cost is None else cost.flops_per_step * spec.steps,
+        "val_loss": run.val_loss,
+        "role": role,
+        "date": run.date,
+        "curve": [dataclasses.asdict(point) for point in run.curve],
+    }
+
+
+def _cost(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    names = ("seconds_per_step", "ratio", "ratio_low", "ratio_high", "rounds", "flops_per_step", "peak_memory_bytes")
+    return {name: getattr(cost, name) for name in names}
+
+
+def _estimate(found: Estimate | None) -> dict[str, Any]:
+    if found is None:
+        return {"value": None, "low": None, "high": None, "n": 0, "bound": None}
+    return dataclasses.asdict(found)
+
+
+def _difference(found: Estimate | None) -> dict[str, Any]:
+    plain = _estimate(found)
+    del plain["bound"]
+    return plain
+
+
+def _loss(found: Estimate | None) -> dict[str, Any]:
+    plain = _difference(found)
+    return {"mean": plain.pop("value"), **plain}

@@ -1,0 +1,201 @@
+"""What a reader of the results must know before believing them, a sentence each."""
+
+from sophia.study.curve import mean_curve
+from sophia.study.evidence import plain, planned
+from sophia.study.plan import Cell
+from sophia.study.standing import Standings
+
+_ENOUGH_SEEDS = 6
+_ENOUGH_TRIALS = 3
+_ENOUGH_ROUNDS = 6
+_NOISY = 0.2
+
+
+def flags(table: Standings, committed: bool | None) -> list[str]:
+    """All that can be told from the state of a study."""
+    return [
+        *_file(table, committed),
+        *_searches(table),
+        *_edges(table),
+        *_diverged(table),
+        *_seeds(table),
+        *_curve(table),
+        *_bounds(table),
+        *_batches(table),
+        *_ablations(table),
+        *_timing(table),
+        *_unused(table),
+    ]
+
+
+def amount(tokens: float) -> str:
+    """Tokens as a person reads them."""
+    for unit, size in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:.4g} {unit}"
+    return f"{tokens:.4g}"
+
+
+def _file(table: Standings, committed: bool | None) -> list[str]:
+    baseline = table.study.race.baseline
+    under_test = any(run.spec.optimizer != baseline for run in table.finished.values())
+    if committed or not under_test:
+        return []
+    if committed is None:
+        return [
+            "whether the study file was settled before the first run under test cannot be told: it is in no git "
+            "repository"
+        ]
+    return ["the study file was not committed, or changed since, when the first run under test started"]
+
+
+def _searches(table: Standings) -> list[str]:
+    race, told = table.study.race, []
+    if race.trials < _ENOUGH_TRIALS:
+        told.append(
+            f"untuned: every optimizer had {race.trials} trial{'s' if race.trials > 1 else ''}, too few for a search"
+        )
+    counts: dict[str, int] = {}
+    for entry in table.study.optimizers:
+        cell = table.cell(entry.name)
+        if cell is not None and cell.finals:
+            counts[entry.name] = sum(trial.finished for trial in cell.trials)
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{name} {count}" for name, count in counts.items())
+        told.append(f"the searches had different numbers of trials: {each}")
+    return told
+
+
+def _edges(table: Standings) -> list[str]:
+    told = [f"{_place(cell)}: {edge}" for cell in table.plan.cells for edge in cell.edges]
+    for one in table.plan.ablations:
+        rates = sorted(float(str(dict(trial.spec.settings)["lr"])) for trial in one.trials)
+        if one.best is not None and len(rates) > 1 and dict(one.best)["lr"] in (rates[0], rates[-1]):
+            told.append(f"{one.name}: the best learning rate {dict(one.best)['lr']} is on the edge of those tried")
+    return told
+
+
+def _place(cell: Cell) -> str:
+    return f"{cell.optimizer} at {amount(cell.steps * cell.tokens_per_step)} tokens, {cell.tokens_per_step} a step"
+
+
+def _diverged(table: Standings) -> list[str]:
+    told = []
+    for cell in table.plan.cells:
+        lost = [spec for spec in cell.finals if spec.id in table.finished and table.finished[spec.id].val_loss is None]
+        if lost:
+            told.append(
+                f"{_place(cell)}: {len(lost)} of {len(cell.finals)} final runs diverged (seeds "
+                f"{', '.join(str(spec.seed) for spec in lost)})"
+                + ("; the baseline's curve leaves them out" if cell.optimizer == table.study.race.baseline else "")
+            )
+        found = [plain(trial.spec.settings) for trial in cell.trials if trial.finished and trial.loss is None]
+        if found:
+            told.append(f"{_place(cell)}: {len(found)} of {len(cell.trials)} trials diverged: {'; '.join(found)}")
+    for one in table.plan.ablations:
+        lost = [spec for spec in one.finals if spec.id in table.finished and table.finished[spec.id].val_loss is None]
+        if lost:
+            told.append(f"ablation {one.name}: {len(lost)} of {len(one.finals)} final runs diverged")
+    return told
+
+
+def _seeds(table: Standings) -> list[str]:
+    race = table.study.race
+    if not race.headline:
+        return []
+    wanted = len(race.headline_seeds or race.seeds)
+    if wanted >= _ENOUGH_SEEDS:
+        return []
+    return [
+        f"the headline pair has {wanted} seed{'s' if wanted > 1 else ''}, fewer than {_ENOUGH_SEEDS}: a small saving "
+        "cannot be told from none"
+    ]
+
+
+def _curve(table: Standings) -> list[str]:
+    race, told = table.study.race, []
+    sizes = dict.fromkeys(c.tokens_per_step for c in table.plan.cells if c.optimizer == race.baseline)
+    for size in sizes:
+        curve = mean_curve(table.baseline(size))
+        told += [
+            f"{race.baseline}'s loss does not fall from {amount(smaller)} to {amount(larger)} tokens at {size} a step: "
+            "the least budget that reaches a loss counts, and its learning rates there deserve more trials"
+            for smaller, larger in curve.rises()
+        ]
+    for entry in table.study.optimizers:
+        shifted = table.standing(table.cell(entry.name), table.cell(race.baseline)).shifted
+        if shifted:
+            told.append(
+                f"{entry.name}: seeds {', '.join(map(str, shifted))} have not run at all of {race.baseline}'s budgets; "
+                "there its mean curve counts, shifted by the seed's difference at T"
+            )
+    return told
+
+
+def _bounds(table: Standings) -> list[str]:
+    race, told = table.study.race, []
+    reference = table.cell(race.baseline)
+    for entry in table.study.optimizers:
+        standing = table.standing(table.cell(entry.name), reference)
+        if standing.both_sides:
+            told.append(
+                f"{entry.name}: losses lie on both sides of what {race.baseline} was run at, so there is no speed-up: "
+                "give it more budgets"
+            )
+        elif standing.tokens is not None and standing.tokens.bound is not None:
+            where = "below" if standing.tokens.bound == "at least" else "above"
+            told.append(
+                f"{entry.name}: a loss lies {where} all that {race.baseline} was run at, so its speed-up is "
+                f"{standing.tokens.bound} {standing.tokens.value:.3g}, without an interval"
+            )
+    return told
+
+
+def _batches(table: Standings) -> list[str]:
+    race = table.study.race
+    if not race.headline:
+        return []
+    if not race.other_batches:
+        return [f"all ran at {race.tokens_per_step} tokens a step: there is no row with each at its best batch"]
+    sizes = sorted((race.tokens_per_step, *race.other_batches))
+    told = []
+    for name in (race.baseline, race.headline):
+        cell = table.best_batch(name)
+        if cell is not None and cell.tokens_per_step in (sizes[0], sizes[-1]):
+            told.append(f"{name}: the best batch, {cell.tokens_per_step} tokens a step, is on the edge of those tried")
+    return told
+
+
+def _ablations(table: Standings) -> list[str]:
+    untuned = [one.name for one in table.study.ablations if not one.lr_factors]
+    return [f"ablations that keep the learning rate of their entry: {', '.join(untuned)}"] if untuned else []
+
+
+def _timing(table: Standings) -> list[str]:
+    noisy, few = [], set()
+    for cost in table.costs:
+        if (cost.ratio_high - cost.ratio_low) / cost.ratio > _NOISY:
+            noisy.append(f"{cost.optimizer} {cost.ratio_low:.2f} to {cost.ratio_high:.2f}")
+        if cost.rounds < _ENOUGH_ROUNDS:
+            few.add(cost.rounds)
+    told = []
+    if noisy:
+        told.append(f"the machine was busy: over rounds the times beside the baseline's vary: {', '.join(noisy)}")
+    if few:
+        told.append(
+            f"times come from {min(few)} rounds, fewer than {_ENOUGH_ROUNDS}: their range is no 95 % interval of the "
+            "median"
+        )
+    return told
+
+
+def _unused(table: Standings) -> list[str]:
+    known = {spec.id for spec in planned(table.plan)}
+    counts: dict[str, int] = {}
+    for run in table.finished.values():
+        if run.spec.id not in known:
+            counts[run.spec.optimizer] = counts.get(run.spec.optimizer, 0) + 1
+    if not counts:
+        return []
+    each = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"runs that an earlier form of the study asked for, listed as unused: {each}"]

@@ -1,0 +1,102 @@
+"""The headline in one honest sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sophia.study.flags import amount
+
+Numbers = Mapping[str, Any]
+
+
+def sentence(results: Mapping[str, Any]) -> str:
+    """What the results say about the headline entry against the baseline, with numbers and units.
+
+    Args:
+        results: As in results.json; `verdict` is not read.
+    """
+    name, baseline = results["headline"], results["baseline"]
+    if name is None:
+        return f"No verdict: the study names no headline entry to hold against {baseline}."
+    missing = _missing(results, name, baseline)
+    if missing:
+        return f"No verdict yet on {name} against {baseline}: {missing}."
+    found = results["optimizers"][name]
+    tokens, seconds = found["speedup_tokens"], found["speedup_seconds"]
+    if tokens["value"] is None:
+        return (
+            f"No verdict on {name} against {baseline}: the losses lie on both sides of what {baseline} was run at"
+            f"{_where(results, tokens)}."
+        )
+    facts = (
+        f"for the loss of {name} after {amount(results['study']['tokens'])} tokens, {baseline} needs "
+        f"{_times(tokens)} the tokens and {_times(seconds)} the time"
+    )
+    return f"{_judgement(found, name, baseline)}: {facts}{_where(results, tokens)}."
+
+
+def _missing(results: Mapping[str, Any], name: str, baseline: str) -> str:
+    found = results["optimizers"][name]
+    for one in (baseline, name):
+        if results["optimizers"][one]["best"] is None:
+            done, wanted = results["optimizers"][one]["trials"], results["study"]["trials"]
+            if done < wanted:
+                return f"the search of {one} has {done} of {wanted} runs"
+            return f"the search of {one} found no settings that converge"
+    seeds = results["study"]["headline_seeds"]
+    if results["complete"]:
+        return ""
+    if found["speedup_tokens"]["n"] < len(seeds) and found["speedup_tokens"]["value"] is not None:
+        return f"{found['speedup_tokens']['n']} of {len(seeds)} seeds have run"
+    if found["cost"] is None:
+        return "some runs and the timing of the updates are missing"
+    return "some runs are missing"
+
+
+def _judgement(found: Mapping[str, Any], name: str, baseline: str) -> str:
+    tokens, seconds = _direction(found, "tokens"), _direction(found, "seconds")
+    if tokens == seconds:
+        return {
+            1: f"{name} saves tokens and time against {baseline}",
+            0: f"No saving shown by {name} against {baseline}",
+            -1: f"{name} costs tokens and time against {baseline}",
+        }[tokens]
+    in_tokens = {1: "saves tokens", 0: "shows no saving in tokens", -1: "costs tokens"}[tokens]
+    in_time = {1: "saves time", 0: "shows no saving in time", -1: "costs time"}[seconds]
+    joint = "and" if tokens * seconds == 0 and tokens + seconds < 0 else "but"
+    return f"{name} {in_tokens} {joint} {in_time} against {baseline}"
+
+
+def _direction(found: Mapping[str, Any], currency: str) -> int:
+    """1: faster, -1: slower, 0: cannot be told."""
+    claim = found["claim" if currency == "tokens" else "claim_seconds"]
+    if not claim:
+        return 0
+    speedup = found[f"speedup_{currency}"]
+    if speedup["bound"] is not None:
+        return 1 if speedup["bound"] == "at least" else -1
+    return 1 if speedup["value"] > 1 else -1
+
+
+def _times(speedup: Numbers) -> str:
+    if speedup["value"] is None:
+        return "an unknown multiple of"
+    if speedup["bound"] is not None:
+        return f"{speedup['bound']} {speedup['value']:.2f} times"
+    if speedup["low"] is None:
+        return f"{speedup['value']:.2f} times (one seed, no interval)"
+    return f"{speedup['value']:.2f} times [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+
+
+def _where(results: Mapping[str, Any], tokens: Numbers) -> str:
+    study = results["study"]
+    model, n = study["model"], tokens["n"]
+    parts = [
+        f"{model['model']} with {model['parameters'] / 1e6:.1f} M parameters",
+        f"text: {study['text']}",
+        f"{n} seed{'s' if n != 1 else ''}",
+    ]
+    if study["trials"] < 3:
+        parts.append("untuned")
+    elif tokens["low"] is not None:
+        parts.append("95 % intervals")
+    return f" ({', '.join(parts)})"
