@@ -22,7 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OptimizerName = Literal["sophia-g", "sophia-h", "adamw", "lion", "muon"]
+OptimizerName = Literal["sophia-g", "sophia-h", "adamw", "nadamw", "lion", "signum", "muon", "soap"]
+OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,9 @@ class ModelSettings:
 class OptimizerSettings:
     """The optimizer. What is left open comes from the preset."""
 
-    optimizer: OptimizerName = "sophia-g"
-    """Which rule updates the weights. Muon is for matrices inside blocks; AdamW takes the rest."""
+    optimizer: str = "sophia-g"
+    """Which rule updates the weights: sophia-g, sophia-h, adamw, nadamw, lion, signum, muon (for matrices inside
+    blocks; AdamW takes the rest) or soap."""
     lr: float | None = None
     """Peak learning rate."""
     beta1: float | None = None
@@ -71,12 +73,27 @@ class OptimizerSettings:
     decay_by_name: tuple[str, ...] = ()
     """Exceptions, as PATTERN=DECAY with shell wildcards on parameter names, for example 'tokens.*=0'; first match
     wins."""
+    lr_by_name: tuple[str, ...] = ()
+    """Exceptions, as PATTERN=FACTOR on the learning rate, for example 'tokens.*=0.5'; first match wins."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer; 0 leaves it as it is."""
-    gamma: float | None = None
-    """Sophia: factor on the curvature; right when 10 to 50 percent of the coordinates are not clipped."""
+    basis_interval: int = 10
+    """SOAP: steps from one eigenbasis to the next."""
+    gamma: float | Literal["auto"] | None = None
+    """Sophia: factor on the curvature; right when 10 to 50 percent of the coordinates are not clipped. auto sets it
+    with every estimate anew, so that clip_target of them are clipped."""
+    clip_target: float | None = None
+    """Sophia with gamma auto: share of the coordinates to clip; open: 0.7."""
+    eps: float | None = None
+    """Sophia: least denominator of the update; open: 1e-12."""
+    bias_correction: bool = False
+    """Sophia: make the average of curvature estimates whole from the first on, as AdamW does; the paper's grows from
+    zero to half of its value in 69 estimates."""
     curvature_interval: int = 10
     """Sophia: steps from one curvature estimate to the next."""
+    refresh_when: Literal["before", "after"] = "before"
+    """Sophia: estimate curvature before an update, from its batch; or after the one before that, from that one's batch
+    at the new weights, as the authors' code does. The first estimate comes before the first update in any case."""
     curvature_rows: int | None = None
     """Sophia: sequences of the batch from which curvature is estimated; open: a sixteenth of them, or four."""
     curvature_chunks: int | None = None
@@ -86,6 +103,11 @@ class OptimizerSettings:
     """Sophia-G: sampled labels as in the paper, or random signs through the output's curvature: less noise."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Sophia: of momentum and curvature; bf16 takes 4 bytes a parameter instead of 8, rounded stochastically."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is none."""
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +338,10 @@ def build(kind: Any, content: Mapping[str, Any], *, origin: str, table: str = ""
             is_table = dataclasses.is_dataclass(hints[one.name])
             where = f" in [{table}]" if table else ""
             raise ValueError(f"{origin}: no {f'table [{one.name}]' if is_table else one.name}{where}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as problem:
+        raise ValueError(f"{origin}: {problem}") from None
 
 
 def _unknown(name: str, hints: Mapping[str, Any], *, origin: str, table: str, root: type[Any]) -> str:

@@ -40,6 +40,7 @@ from sophia.accounting import ParameterCount, count_parameters
 from sophia.loss import chunk_rows
 from sophia.model import GPTConfig
 from sophia.optim.products import BLOCK
+from sophia.optim.soap import LARGEST as SOAP_LARGEST
 from sophia.optim.update import BUCKET
 
 Precision = Literal["fp32", "bf16"]
@@ -108,7 +109,7 @@ def step_memory(
         config: The model.
         micro_batch: Sequences in one forward pass on one device.
         context: Tokens in a sequence; None is the model's context.
-        optimizer: "adamw", "lion", "muon", "sophia-g" or "sophia-h".
+        optimizer: A name that `sophia train` knows. A foreign one, by its import path, is taken for AdamW's like.
         precision: "bf16" computes under autocast, with parameters in fp32.
         activation_checkpointing: None is the model's setting.
         device: "cpu", "cuda" or "mps".
@@ -150,17 +151,32 @@ def step_memory(
 def optimizer_bytes(config: GPTConfig, optimizer: str, state_dtype: Precision = "fp32") -> int:
     """What the optimizer keeps between steps, unsharded: averages the size of parameters, in fp32 but for Sophia.
 
+    SOAP keeps two square matrices more for each side that it turns. A foreign optimizer, by its import path, is taken
+    for one with two averages.
+
     Raises:
         ValueError: The optimizer is unknown.
     """
     count = count_parameters(config)
-    averages = {"adamw": 2, "lion": 1, "sophia-g": 2, "sophia-h": 2}
+    averages = {"adamw": 2, "nadamw": 2, "lion": 1, "signum": 1, "sophia-g": 2, "sophia-h": 2}
+    if ":" in optimizer:
+        return _FP32 * 2 * count.total
+    if optimizer == "soap":
+        return _FP32 * (2 * count.total + 2 * sum(side**2 for side in _turned_sides(config)))
     if optimizer == "muon":  # momentum of the matrices, AdamW for the rest
         return _FP32 * (count.matrices + 2 * (count.total - count.matrices))
     if optimizer not in averages:
-        raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {', '.join([*averages, 'muon'])}")
+        raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {', '.join([*averages, 'muon', 'soap'])}")
     each = _BF16 if state_dtype == "bf16" and optimizer.startswith("sophia") else _FP32
     return each * averages[optimizer] * count.total
+
+
+def _turned_sides(config: GPTConfig) -> Iterator[int]:
+    """Sizes of all sides that the trainer's SOAP turns: as large as a block's largest at most."""
+    width, largest = config.width, min(4 * config.width, SOAP_LARGEST)
+    blocks = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * config.layers
+    for shape in (*blocks, (config.head_rows, width), (config.context, width)):
+        yield from (side for side in shape if side <= largest)
 
 
 def block_bytes(config: GPTConfig, *, context: int, low: bool, device: str, residual: int = _FP32) -> int:
@@ -372,9 +388,15 @@ class _Step:
 
     @property
     def step_temporaries(self) -> int:
-        """Lion's updates; Sophia's two in buckets, where they are not cut to the CPU's cache; Muon's products."""
-        if self.optimizer == "lion":
+        """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; Muon's
+        and SOAP's products.
+        """
+        if self.optimizer in ("lion", "signum"):
             return self.model
+        if self.optimizer == "nadamw":
+            return 2 * self.model
+        if self.optimizer == "soap":
+            return 4 * _FP32 * max(self.count.embedding, 4 * self.config.width**2)
         if self.optimizer.startswith("sophia") and self.device != "cpu":
             largest = max(BUCKET, self.count.embedding)
             return 2 * _FP32 * min(largest, self.count.total)

@@ -1,6 +1,5 @@
 """The optimizers that the trainer offers, behind one face: settings in; step, learning rate, curvature and state."""
 
-import fnmatch
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophia import SophiaG, SophiaH
+from sophia import SophiaH
+from sophia.build_optimizers import build
 from sophia.config import OptimizerSettings
-from sophia.curvature import GaussNewtonBartlett, Hutchinson, deferred_logits
+from sophia.curvature import deferred_logits
 from sophia.loss import CrossEntropy
 from sophia.optim.lion import Lion
+from sophia.optim.signum import Signum
 from sophia.optim.sophia import Sophia
-
-NamedParameters = list[tuple[str, nn.Parameter]]
 
 # Devices whose memory the host reads without waiting for anything.
 _READ_AT_ONCE = frozenset({"cpu"})
@@ -44,18 +43,18 @@ class Optimizers:
     """One rule for all parameters, which may be two of torch's optimizers (Muon for matrices, AdamW for the rest)."""
 
     def __init__(self, settings: OptimizerSettings, model: nn.Module, *, seed: int) -> None:
-        assert None not in (settings.lr, settings.beta1, settings.beta2, settings.weight_decay)  # resolved
+        assert settings.lr is not None  # resolved
         self.settings = settings
-        self.parts = _build(settings, [(name, p) for name, p in model.named_parameters() if p.requires_grad], seed)
+        self.parts = build(settings, [(name, p) for name, p in model.named_parameters() if p.requires_grad], seed)
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
         self._read_skips = any(map(_reads_skips, self.parts))
 
     def set_lr(self, factor: float) -> float:
-        """Set every learning rate to ``factor`` times its peak; returns the first one's."""
+        """Set every learning rate to ``factor`` times its peak; returns the one that `lr_by_name` leaves as it is."""
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-        return float(self.parts[0].param_groups[0]["lr"])
+        return (self.settings.lr or 0.0) * factor
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -87,6 +86,12 @@ class Optimizers:
     def curvature_due(self) -> bool:
         """Whether the next step wants a curvature estimate first."""
         return any(part.curvature_due for part in self.parts if isinstance(part, Sophia))
+
+    @property
+    def refreshes(self) -> int | None:
+        """Curvature estimates folded in since the run began, resumes included; None where the optimizer has none."""
+        counts = [part.refreshes for part in self.parts if isinstance(part, Sophia)]
+        return max(counts, default=None)
 
     def refresh(self, model: nn.Module, batch: CurvatureBatch) -> None:
         """Estimate the curvature from this batch; all ranks call it together."""
@@ -130,87 +135,11 @@ def _rows_of(tokens: Tensor, places: Sequence[int]) -> Tensor:
     return torch.stack([tokens[place] for place in places])
 
 
-def _build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> list[torch.optim.Optimizer]:
-    lr: Any = settings.lr
-    betas: Any = (settings.beta1, settings.beta2)
-    groups = parameter_groups(settings, named)
-    if settings.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=_can_fuse(named))]
-    if settings.optimizer == "lion":
-        return [Lion(groups, lr=lr, betas=betas)]
-    if settings.optimizer == "muon":
-        return _muon(settings, groups)
-    rest: dict[str, Any] = {"lr": lr, "betas": betas, "gamma": settings.gamma, "seed": seed}
-    rest["curvature_interval"] = settings.curvature_interval
-    rest["state_dtype"] = torch.bfloat16 if settings.state_dtype == "bf16" else None
-    if settings.optimizer == "sophia-h":
-        # The form that works under DDP and FSDP2, too: one number of ranks gives the curvature of another.
-        return [SophiaH(groups, **rest, estimator=Hutchinson(product="finite_difference"))]
-    return [SophiaG(groups, **rest, estimator=GaussNewtonBartlett(noise=settings.curvature_noise))]
-
-
-def _muon(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices; AdamW on embeddings and vectors, at the same learning rate.
-
-    One learning rate serves both, because Muon's update is scaled to the root mean square of AdamW's ("Muon is Scalable
-    for LLM Training", arXiv 2502.16982).
-    """
-    matrices: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    for group in groups:
-        for wanted, chosen in ((True, matrices), (False, others)):
-            params = [(n, p) for n, p in group["params"] if (p.ndim == 2 and "blocks." in n) is wanted]
-            if params:
-                chosen.append({**group, "params": params})
-    lr: Any = settings.lr
-    betas: Any = (0.9, settings.beta2)  # of AdamW; Muon's momentum is its own
-    fused = _can_fuse([named for group in others for named in group["params"]])
-    adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=fused)
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=settings.beta1 or 0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
-
-
-def parameter_groups(settings: OptimizerSettings, named: NamedParameters) -> list[dict[str, Any]]:
-    """Named parameters by their weight decay: exceptions by name first, then matrices decay and vectors do not.
-
-    Raises:
-        ValueError: An exception is not PATTERN=NUMBER, or matches no parameter.
-    """
-    exceptions = [_exception(text) for text in settings.decay_by_name]
-    matched = [False] * len(exceptions)
-    groups: dict[float, NamedParameters] = {}
-    for name, parameter in named:
-        decay = float(settings.weight_decay or 0.0) if parameter.ndim >= 2 else 0.0
-        for index, (pattern, value) in enumerate(exceptions):
-            if fnmatch.fnmatchcase(name.removeprefix("module."), pattern):
-                decay, matched[index] = value, True
-                break
-        groups.setdefault(decay, []).append((name.removeprefix("module."), parameter))
-    for (pattern, _), hit in zip(exceptions, matched, strict=True):
-        if not hit:
-            names = ", ".join(name for name, _ in named[:4])
-            raise ValueError(
-                f"decay_by_name: {pattern} matches no parameter that an earlier pattern left; names begin with {names}"
-            )
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
-
-
-def _exception(text: str) -> tuple[str, float]:
-    pattern, equals, value = text.rpartition("=")
-    try:
-        decay = float(value)
-    except ValueError:
-        decay = -1.0
-    if not equals or not pattern or not 0.0 <= decay < float("inf"):
-        raise ValueError(f"decay_by_name: {text!r} is not PATTERN=DECAY with a decay of at least 0, as 'tokens.*=0'")
-    return pattern, decay
-
-
 def _reads_skips(part: torch.optim.Optimizer) -> bool:
     """Whether a flag that leaves out an update must be read before: where it is in main memory already, or in vain."""
     on_host = any(p.device.type in _READ_AT_ONCE for group in part.param_groups for p in group["params"])
     fused = isinstance(part, torch.optim.AdamW) and all(group["fused"] for group in part.param_groups)
-    return on_host or not (fused or isinstance(part, (Lion, Sophia)))
+    return on_host or not (fused or isinstance(part, (Lion, Signum, Sophia)))
 
 
 def _step_unless(part: torch.optim.Optimizer, skip: Tensor) -> None:
@@ -220,7 +149,3 @@ def _step_unless(part: torch.optim.Optimizer, skip: Tensor) -> None:
         part.step()
     finally:
         del part.found_inf  # type: ignore[attr-defined]
-
-
-def _can_fuse(named: NamedParameters) -> bool:
-    return all(p.device.type in ("cpu", "cuda") for _, p in named)

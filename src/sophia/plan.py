@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 
 from sophia.accounting import count_parameters, curvature_share, flops_per_token, recomputed_flops_per_token
+from sophia.config import OptimizerName
 from sophia.gpus import find_gpu
 from sophia.memory import MemoryEstimate as MemoryEstimate
 from sophia.memory import optimizer_bytes as optimizer_bytes
@@ -34,7 +35,7 @@ class PlanSettings:
 
     model: str = "gpt2-small"
     """Preset: nano, micro, 30m, gpt2-small, gpt2-medium, 540m, gpt2-large or gpt2-xl."""
-    optimizer: Literal["sophia-g", "sophia-h", "adamw", "lion", "muon"] = "sophia-g"
+    optimizer: OptimizerName = "sophia-g"
     """Which rule updates the weights; it decides the state to be kept."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Sophia: of momentum and curvature; bf16 takes 4 bytes a parameter instead of 8."""

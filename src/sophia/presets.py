@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from sophia.config import OPTIMIZERS as OPTIMIZERS
 from sophia.model import GPTConfig
 
 # What a curvature estimate is made from, for all sizes. A sixteenth of the batch every tenth step is 0.6 % of the
@@ -25,8 +26,6 @@ from sophia.model import GPTConfig
 CURVATURE_INTERVAL = 10
 CURVATURE_CHUNKS = 4
 _CURVATURE_SHARE = 16
-
-OPTIMIZERS = ("adamw", "lion", "muon", "sophia-g", "sophia-h")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,9 @@ class Preset:
     """Whether attention scores of layer l are divided by l + 1 as well."""
     recipes: Mapping[str, Mapping[str, float]]
     """Optimizer -> its lr (peak), beta1, beta2, weight_decay, and for Sophia gamma. Lion's betas: of the update, of the
-    average. Muon's beta1 is its momentum; its lr holds for AdamW on the other parameters too, which presumes Muon's
-    update scaled to AdamW's size (torch: adjust_lr_fn="match_rms_adamw")."""
+    average. Signum has no beta2; SOAP's is of its statistics, too. Muon's beta1 is its momentum; its lr holds for AdamW
+    on the other parameters too, which presumes Muon's update scaled to AdamW's size (torch:
+    adjust_lr_fn="match_rms_adamw")."""
 
     def config(self, vocab_size: int, **changes: Any) -> GPTConfig:
         """The model for a vocabulary, with fields of the preset replaced or others of GPTConfig set."""
@@ -95,6 +95,11 @@ def _recipes(
     recipes: dict[str, dict[str, float]] = {
         # [code], [paper]
         "adamw": {"lr": adamw, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+        # [ours]: AdamW's learning rate and decay. SOAP's betas are its authors' (arXiv 2409.11321).
+        "nadamw": {"lr": adamw, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+        "soap": {"lr": adamw, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
+        # [ours]: Lion's, which moves by the same amount; momentum as Sophia's.
+        "signum": {"lr": lion, "beta1": 0.96, "weight_decay": 0.2},
         # betas [paper]; decay [recalled]
         "lion": {"lr": lion, "beta1": 0.95, "beta2": 0.98, "weight_decay": 0.2},
         # [ours]: AdamW's learning rate and decay. An update of AdamW's root mean square allows that, according to
@@ -112,11 +117,14 @@ def _short(**rates: float) -> Mapping[str, Mapping[str, float]]:
     """Recipes for runs of a few hundred steps, in which a long memory never gets going and curvature starts at zero.
 
     Searched for nano, on the text and with the schedule of `sophia demo`, one seed: AdamW and Sophia-G in
-    docs/demo-sweep.md, the others in three learning rates, a factor of 2 apart, and two values of one other setting.
+    docs/demo-sweep.md, the others in three learning rates, a factor of 2 apart, and two values of one other setting;
+    but nadamw, signum and soap [ours], not searched: by the rules of `_recipes`, with the others' short memories.
     """
     changes = {
         "lion": {"beta1": 0.9},
+        "signum": {"beta1": 0.9},
         "muon": {"beta1": 0.9},
+        "soap": {"beta1": 0.9},
         "sophia-g": {"beta1": 0.9, "gamma": 0.5},
         "sophia-h": {"beta1": 0.9, "gamma": 0.1},
     }

@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sophia.config import TrainSettings, check_positive
+import torch
+
+from sophia.config import OptimizerSettings, TrainSettings, check_positive
 from sophia.data.shards import Dataset
 from sophia.distributed import World
 from sophia.import_hf import import_gpt2
+from sophia.meaning import check_meaning
 from sophia.model import GPTConfig, padded_vocabulary
+from sophia.optim import SophiaG
+from sophia.optim.checks import CLIP_TARGET
 from sophia.presets import CURVATURE_CHUNKS, Preset, default_curvature, preset
 from sophia.schedule import lr_factor
 from sophia.trackers import check_trackers
@@ -22,15 +27,19 @@ _VOCABULARY_MULTIPLE = 64
 _PARTS = 20
 _SHORTEST_PART = 25
 _LONGEST_PART = 500
+_LEAST_EPS = torch.finfo(torch.float32).tiny
 # Where numbers must lie, section by section; NaN lies nowhere.
-_RANGES: Mapping[str, Mapping[str, tuple[Callable[[float], bool], str]]] = {
+_RANGES: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "optimizer": {
         "lr": (lambda x: 0 < x < math.inf, "finite and above 0"),
         "beta1": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "beta2": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "weight_decay": (lambda x: 0 <= x < math.inf, "finite and at least 0"),
         "max_grad_norm": (lambda x: 0 <= x < math.inf, "finite and above 0, or 0 for any gradient"),
-        "gamma": (lambda x: 0 < x < math.inf, "finite and above 0"),
+        "basis_interval": (lambda x: x >= 1, "at least 1"),
+        "gamma": (lambda x: x == "auto" or 0 < x < math.inf, "finite and above 0, or auto"),
+        "clip_target": (lambda x: 0 < x < 1, "above 0 and below 1"),
+        "eps": (lambda x: _LEAST_EPS <= x < math.inf, f"finite and at least {_LEAST_EPS:.2e}, or fp32 has 0 / 0"),
         "curvature_interval": (lambda x: x >= 1, "at least 1"),
     },
     "schedule": {
@@ -151,19 +160,25 @@ def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     filled: dict[str, Any] = {name: value for name, value in recipe.items() if getattr(chosen, name) is None}
     chosen = replace(chosen, **filled)
     is_sophia = chosen.optimizer.startswith("sophia")
-    for name in ("gamma", "curvature_rows", "curvature_chunks"):
-        if not is_sophia and getattr(chosen, name) is not None:
-            raise ValueError(f"{name} has no meaning for {chosen.optimizer}: leave it out, or choose sophia-g")
-    if not is_sophia and chosen.state_dtype != "fp32":
-        raise ValueError(f"state_dtype has no meaning for {chosen.optimizer}: leave it out, or choose sophia-g")
-    if chosen.optimizer == "sophia-h" and chosen.curvature_chunks is not None:
-        raise ValueError(
-            "curvature_chunks has no meaning for sophia-h, whose noise belongs to parameters: leave it out"
-        )
+    check_meaning(chosen)
     if is_sophia:
         check_positive(chosen, "curvature_rows", "curvature_chunks")
-        chosen = replace(chosen, **_curvature(settings, chosen.curvature_rows))
+        chosen = _with_rule(replace(chosen, **_curvature(settings, chosen.curvature_rows)))
     return replace(settings, optimizer=chosen)
+
+
+def _with_rule(chosen: OptimizerSettings) -> OptimizerSettings:
+    """What Sophia's rule leaves open."""
+    if chosen.eps is None:
+        chosen = replace(chosen, eps=SophiaG.PAPER["eps"])
+    if chosen.gamma == "auto":
+        return replace(chosen, clip_target=CLIP_TARGET) if chosen.clip_target is None else chosen
+    if chosen.clip_target is not None:
+        raise ValueError(
+            f"clip_target is {chosen.clip_target}, but gamma {chosen.gamma} does not follow it: leave it out, or "
+            "choose gamma auto"
+        )
+    return chosen
 
 
 def _curvature(settings: TrainSettings, rows: int | None) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def recorded_peak(config, **settings):
         ({}, {"rows": 4}),
         ({}, {"precision": "bf16"}),
         ({}, {"optimizer": "lion"}),
+        ({}, {"optimizer": "nadamw"}),
+        ({}, {"optimizer": "signum"}),
         ({}, {"optimizer": "muon"}),
+        ({}, {"optimizer": "soap"}),
         ({}, {"optimizer": "sophia-g"}),
         ({}, {"optimizer": "sophia-g", "precision": "bf16"}),
         ({}, {"optimizer": "sophia-h"}),
@@ -210,7 +213,7 @@ def test_holes_are_the_cpus_alone():
         ({"micro_batch": 0}, "micro_batch is 0"),
         ({"context": 65}, "context is 65, longer than the 64 positions"),
         ({"ranks": 0}, "ranks is 0"),
-        ({"optimizer": "adam"}, "optimizer 'adam' is unknown; choose from adamw, lion"),
+        ({"optimizer": "adam"}, "optimizer 'adam' is unknown; choose from adamw, nadamw, lion"),
     ],
 )
 def test_steps_that_cannot_be(settings, message):

@@ -59,7 +59,7 @@ MISTAKES = [
     ("[optimizer]\nlr = true\n", ["optimizer.lr is True", "must be a number"]),
     ("[batch]\nseed = 1.5\n", ["batch.seed is 1.5", "whole number"]),
     ("[batch]\nmicro_batch = 'all'\n", ["batch.micro_batch is 'all'", "'auto'"]),
-    ("[optimizer]\noptimizer = 'sofia'\n", ["'sofia'", "'sophia-g'", "'lion'"]),
+    ("[optimizer]\noptimizer = 'sofia'\n", ["'sofia'", "must be one of sophia-g", "lion"]),
     ("[logging]\ntrack = ['mlflow']\n", ["'mlflow'", "'tensorboard'"]),
     ("[model]\nbias = 1\n", ["model.bias is 1", "true or false"]),
     ("[model\n", ["is not a TOML file"]),

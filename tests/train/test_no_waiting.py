@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sophia import optimizers
 from sophia.optim import kernels
+from sophia.optim.soap import SOAP
 from sophia.optim.sophia import Sophia
 from sophia.optimizers import Optimizers
 from sophia.step import Stepper
@@ -129,6 +130,9 @@ def watched(monkeypatch, reads):
     allow(monkeypatch, reads.allowed, Trainer, *_LOOKS)
     # The one exemption: an estimate of the curvature, every tenth step, may read whether it was finite.
     allow(monkeypatch, reads.refresh, Stepper, "refresh")
+    # Their count of steps lies in main memory, wherever the parameters are.
+    for kind in (torch.optim.NAdam, SOAP):
+        allow(monkeypatch, reads.allowed, kind, "step")
     monkeypatch.setattr(Trainer, "run", watched_run)
     runs.without_plots(monkeypatch)
 
@@ -155,7 +159,7 @@ def far_away(monkeypatch):
     """Take main memory to be as far away as a GPU's, and Sophia's steps by the operations that run there, too."""
     monkeypatch.setattr(optimizers, "_READ_AT_ONCE", frozenset())
     monkeypatch.setattr(kernels, "readable", lambda tensor: False)
-    build = optimizers._build
+    build = optimizers.build
 
     def built(*args):
         parts = build(*args)
@@ -165,17 +169,17 @@ def far_away(monkeypatch):
                     group["foreach"] = True
         return parts
 
-    monkeypatch.setattr(optimizers, "_build", built)
+    monkeypatch.setattr(optimizers, "build", built)
 
 
-@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "adamw", "lion", "muon"])
+@pytest.mark.parametrize("optimizer", runs.OPTIMIZERS)
 def test_as_on_a_gpu(tmp_path, data, monkeypatch, optimizer):
-    """Muon cannot leave a step out by itself."""
+    """NAdamW, Muon and SOAP cannot leave a step out by themselves."""
     far_away(monkeypatch)
     reads = Reads()
     watched(monkeypatch, reads)
     assert runs.train(data, tmp_path / "run", optimizer=optimizer, **FLAGS) == 0
-    assert len(reads.found) == (12 if optimizer == "muon" else 0), reads.found
+    assert len(reads.found) == (12 if optimizer in ("nadamw", "muon", "soap") else 0), reads.found
     assert all("_leaves_out" in place for place in reads.found)
     assert reads.in_refreshes == ([0, 10] if optimizer.startswith("sophia") else [])
 
@@ -199,7 +203,7 @@ def test_a_read_in_the_loop_is_found(tmp_path, data, monkeypatch, method):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "adamw", "lion", "signum"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_on_a_gpu(tmp_path, data, monkeypatch, optimizer, precision):
     watched(monkeypatch, SyncErrors())

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sophia import optimizers as optimizers_module
-from sophia.config import OptimizerSettings
+from sophia.config import OPTIMIZERS, OptimizerSettings
 from sophia.model import GPT, GPTConfig
 from sophia.optim import kernels
 from sophia.optim.lion import Lion
-from sophia.optimizers import CurvatureBatch, Optimizers, parameter_groups
+from sophia.optimizers import CurvatureBatch, Optimizers
+from sophia.parameter_groups import parameter_groups
 
 SHAPE = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8, bias=True)
 RECIPE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
@@ -120,7 +121,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert not matrices & others
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sophia-g", "sophia-h"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_lowers_the_loss_and_takes_the_schedule(name):
     model, optimizers = build(name)
     inputs, targets = batch()
@@ -173,7 +174,7 @@ def _trained(name, skips, *, far=True, monkeypatch):
     return tensors, any(hasattr(part, "found_inf") for part in optimizers.parts)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sophia-g", "sophia-h"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("far", [True, False], ids=["on a GPU", "on the CPU"])
 def test_a_flag_leaves_out_an_update_as_if_it_had_not_been(name, far, monkeypatch):
     """Also the first one, and bit for bit; and where it is not raised, nothing is different."""

@@ -1,0 +1,130 @@
+"""The table of optimizers: what each name builds from settings and parameter groups."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from sophia import SophiaG, SophiaH
+from sophia.config import OptimizerSettings
+from sophia.curvature import GaussNewtonBartlett, Hutchinson
+from sophia.optim.lion import Lion
+from sophia.optim.signum import Signum
+from sophia.optim.soap import LARGEST, SOAP
+from sophia.parameter_groups import NamedParameters, parameter_groups
+
+Groups = list[dict[str, Any]]
+Parts = list[torch.optim.Optimizer]
+
+
+def build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> Parts:
+    """The optimizers that together update all named parameters, once each.
+
+    Args:
+        settings: Resolved.
+        named: What is to be trained.
+        seed: Of curvature noise.
+
+    Raises:
+        ValueError: A setting does not fit the parameters.
+    """
+    return BUILDERS[settings.optimizer](settings, parameter_groups(settings, named), seed)
+
+
+def _adamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    return [torch.optim.AdamW(groups, lr=_lr(settings), betas=_betas(settings), fused=_can_fuse(groups))]
+
+
+def _nadamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    return [torch.optim.NAdam(groups, lr=_lr(settings), betas=_betas(settings), decoupled_weight_decay=True)]
+
+
+def _lion(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    return [Lion(groups, lr=_lr(settings), betas=_betas(settings))]
+
+
+def _signum(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    assert settings.beta1 is not None
+    return [Signum(groups, lr=_lr(settings), beta=settings.beta1)]
+
+
+def _muon(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    """Muon on the blocks' matrices; AdamW on embeddings and vectors, at the same learning rate.
+
+    One learning rate serves both, because Muon's update is scaled to the root mean square of AdamW's ("Muon is Scalable
+    for LLM Training", arXiv 2502.16982).
+    """
+    matrices: Groups = []
+    others: Groups = []
+    for group in groups:
+        for wanted, chosen in ((True, matrices), (False, others)):
+            params = [(n, p) for n, p in group["params"] if (p.ndim == 2 and "blocks." in n) is wanted]
+            if params:
+                chosen.append({**group, "params": params})
+    betas: Any = (0.9, settings.beta2)  # of AdamW; Muon's momentum is its own
+    adamw = torch.optim.AdamW(others, lr=_lr(settings), betas=betas, fused=_can_fuse(others))
+    momentum = settings.beta1 or 0.0
+    muon = torch.optim.Muon(matrices, lr=_lr(settings), momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+def _soap(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    """SOAP on all parameters; dimensions that only the embeddings have (the vocabulary) are not turned."""
+    inside = [max(p.shape) for group in groups for name, p in group["params"] if p.ndim == 2 and "blocks." in name]
+    largest = min(max(inside, default=1), LARGEST)
+    interval = settings.basis_interval
+    return [SOAP(groups, lr=_lr(settings), betas=_betas(settings), basis_interval=interval, max_precond_dim=largest)]
+
+
+def _sophia_g(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    return [SophiaG(groups, **_sophia(settings, seed), estimator=GaussNewtonBartlett(noise=settings.curvature_noise))]
+
+
+def _sophia_h(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    # The form that works under DDP and FSDP2, too: one number of ranks gives the curvature of another.
+    return [SophiaH(groups, **_sophia(settings, seed), estimator=Hutchinson(product="finite_difference"))]
+
+
+def _sophia(settings: OptimizerSettings, seed: int) -> dict[str, Any]:
+    return {
+        "lr": _lr(settings),
+        "betas": _betas(settings),
+        "gamma": settings.gamma,
+        "clip_target": settings.clip_target,
+        "eps": SophiaG.PAPER["eps"] if settings.eps is None else settings.eps,
+        "bias_correction": settings.bias_correction,
+        "seed": seed,
+        "curvature_interval": settings.curvature_interval,
+        "state_dtype": torch.bfloat16 if settings.state_dtype == "bf16" else None,
+    }
+
+
+Builder = Callable[[OptimizerSettings, Groups, int], Parts]
+BUILDERS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "adamw": _adamw,
+        "nadamw": _nadamw,
+        "lion": _lion,
+        "signum": _signum,
+        "muon": _muon,
+        "soap": _soap,
+        "sophia-g": _sophia_g,
+        "sophia-h": _sophia_h,
+    }
+)
+
+
+def _lr(settings: OptimizerSettings) -> float:
+    assert settings.lr is not None
+    return settings.lr
+
+
+def _betas(settings: OptimizerSettings) -> tuple[float, float]:
+    assert settings.beta1 is not None
+    assert settings.beta2 is not None
+    return settings.beta1, settings.beta2
+
+
+def _can_fuse(groups: Groups) -> bool:
+    return all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
