@@ -370,7 +370,7 @@ def converted(value: Any, hint: Any, place: str) -> Any:
             return float(value)
         if typing.get_origin(kind) is tuple and isinstance(value, list):
             return tuple(converted(item, typing.get_args(kind)[0], place) for item in value)
-        if isinstance(kind, type) and type(value) is kind:
+        if type(value) is (typing.get_origin(kind) or kind):
             return value
     wanted = " or ".join(_described(kind) for kind in kinds if kind is not types.NoneType)
     raise ValueError(f"{place} is {value!r}; it must be {wanted}")

@@ -1,6 +1,7 @@
 """A study: which optimizers race on which model, text, batch and budgets, and by which rule each is searched."""
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ class RaceSettings:
     """What is equal for all runs, and the rule by which each optimizer is searched."""
 
     tokens: int
-    """The budget T, in predictions. A multiple of every batch size."""
+    """The budget T, in predictions. Every budget is a whole number of steps at every batch size."""
     tokens_per_step: int
     """Predictions in an update, equal for all."""
     other_batches: tuple[int, ...] = ()
@@ -67,6 +68,26 @@ class RaceSettings:
     eval_windows: int = 256
     """Sequences of the validation split that are evaluated, always the same."""
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All values of tokens_per_step, the common one first."""
+        return (self.tokens_per_step, *self.other_batches)
+
+    @property
+    def paired_seeds(self) -> tuple[int, ...]:
+        """Seeds of the headline entry and of the baseline at budgets up to T, those of all entries first."""
+        return self.seeds + tuple(seed for seed in self.headline_seeds if seed not in self.seeds)
+
+    def exact_steps(self, budget: float, tokens_per_step: int) -> Fraction:
+        """Updates of a run: the budget is in units of T, and 0.1 means a tenth, not the binary number nearest to it."""
+        return self.tokens * Fraction(repr(budget)) / tokens_per_step
+
+    def steps(self, budget: float, tokens_per_step: int) -> int:
+        """Updates of a run, which the study file makes a whole number."""
+        steps = self.exact_steps(budget, tokens_per_step)
+        assert steps.denominator == 1, (budget, tokens_per_step)
+        return steps.numerator
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -84,6 +105,11 @@ class Entry:
     """Other settings, held where the search does not change them."""
     search: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     """Settings that the search tries beside the learning rate, with the values it may take, in order."""
+
+    @property
+    def kind(self) -> str:
+        """The optimizer, with the hook behind a plus sign: what runs carry as `RunSpec.kind`."""
+        return f"{self.optimizer}+{self.hook}" if self.hook else self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +142,7 @@ class Study:
     """In the order of tables; the baseline's search comes first whatever its place."""
     ablations: tuple[Ablation, ...] = ()
     """Run last."""
+
+    def entry(self, name: str) -> Entry:
+        """The optimizer of this name, which there is."""
+        return next(one for one in self.optimizers if one.name == name)
