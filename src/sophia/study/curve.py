@@ -1,6 +1,5 @@
 """The baseline's loss by budget, L(D), each point from runs with a full schedule of that length, and its inverse."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,10 +33,11 @@ class Curve:
             return float(self.tokens[0]), None
         for place in range(1, len(self.tokens)):
             above, below = self.losses[place - 1], self.losses[place]
-            if below <= loss:
+            if below == loss:
+                return float(self.tokens[place]), None  # exactly: an optimizer may be the baseline under another name
+            if below < loss:
                 part = (above - loss) / (above - below)
-                start, end = math.log(self.tokens[place - 1]), math.log(self.tokens[place])
-                return math.exp(start + part * (end - start)), None
+                return self.tokens[place - 1] * (self.tokens[place] / self.tokens[place - 1]) ** part, None
         return float(self.tokens[-1]), "at least"
 
     def rises(self) -> tuple[tuple[int, int], ...]:

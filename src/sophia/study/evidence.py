@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sophia.study.measured import Cost
-from sophia.study.plan import Plan
+from sophia.study.plan import AblationCell, Cell, Plan
 from sophia.study.runs import Evidence, FinishedRun, RunSpec, Settings
 from sophia.study.settings import Entry, Study
 
@@ -61,7 +61,7 @@ def check(study: Study, plan: Plan, finished: Mapping[str, FinishedRun], costs: 
 
 def planned(plan: Plan) -> list[RunSpec]:
     """Every run that the plan knows, searches first, once each."""
-    cells = [*plan.cells, *plan.ablations]
+    cells: list[Cell | AblationCell] = [*plan.cells, *plan.ablations]
     specs = [trial.spec for cell in cells for trial in cell.trials]
     specs += [spec for cell in cells for spec in cell.finals]
     return list({spec.id: spec for spec in specs}.values())
