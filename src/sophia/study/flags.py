@@ -1,12 +1,12 @@
 """What a reader of the results must know before believing them, a sentence each."""
 
 from sophia.study.curve import mean_curve
-from sophia.study.evidence import plain, planned
-from sophia.study.plan import Cell
+from sophia.study.evidence import plain
+from sophia.study.plan import Cell, roles
 from sophia.study.standing import Standings
 
 _ENOUGH_SEEDS = 6
-_ENOUGH_TRIALS = 3
+_ENOUGH_TRIALS = 5
 _ENOUGH_ROUNDS = 6
 _NOISY = 0.2
 
@@ -51,9 +51,13 @@ def _file(table: Standings, committed: bool | None) -> list[str]:
 
 def _searches(table: Standings) -> list[str]:
     race, told = table.study.race, []
+    rates_only = [entry.name for entry in table.study.optimizers if not entry.search]
+    if rates_only:
+        told.append(f"searched over the learning rate alone, other settings as given: {', '.join(rates_only)}")
     if race.trials < _ENOUGH_TRIALS:
         told.append(
-            f"untuned: every optimizer had {race.trials} trial{'s' if race.trials > 1 else ''}, too few for a search"
+            f"every optimizer had {race.trials} trials: a grid of learning rates a factor of {race.factor:g} apart, "
+            "hardly refined"
         )
     counts: dict[str, int] = {}
     for entry in table.study.optimizers:
@@ -68,10 +72,7 @@ def _searches(table: Standings) -> list[str]:
 
 def _edges(table: Standings) -> list[str]:
     told = [f"{_place(cell)}: {edge}" for cell in table.plan.cells for edge in cell.edges]
-    for one in table.plan.ablations:
-        rates = sorted(float(str(dict(trial.spec.settings)["lr"])) for trial in one.trials)
-        if one.best is not None and len(rates) > 1 and dict(one.best)["lr"] in (rates[0], rates[-1]):
-            told.append(f"{one.name}: the best learning rate {dict(one.best)['lr']} is on the edge of those tried")
+    told += [f"ablation {one.name}: {edge}" for one in table.plan.ablations for edge in one.edges]
     return told
 
 
@@ -103,7 +104,7 @@ def _seeds(table: Standings) -> list[str]:
     race = table.study.race
     if not race.headline:
         return []
-    wanted = len(race.headline_seeds or race.seeds)
+    wanted = len(race.paired_seeds)
     if wanted >= _ENOUGH_SEEDS:
         return []
     return [
@@ -157,7 +158,7 @@ def _batches(table: Standings) -> list[str]:
         return []
     if not race.other_batches:
         return [f"all ran at {race.tokens_per_step} tokens a step: there is no row with each at its best batch"]
-    sizes = sorted((race.tokens_per_step, *race.other_batches))
+    sizes = sorted(race.batches)
     told = []
     for name in (race.baseline, race.headline):
         cell = table.best_batch(name)
@@ -190,7 +191,7 @@ def _timing(table: Standings) -> list[str]:
 
 
 def _unused(table: Standings) -> list[str]:
-    known = {spec.id for spec in planned(table.plan)}
+    known = roles(table.plan)
     counts: dict[str, int] = {}
     for run in table.finished.values():
         if run.spec.id not in known:
@@ -198,4 +199,4 @@ def _unused(table: Standings) -> list[str]:
     if not counts:
         return []
     each = ", ".join(f"{name} {count}" for name, count in counts.items())
-    return [f"runs that an earlier form of the study asked for, listed as unused: {each}"]
+    return [f"runs that an earlier form of the study asked for, listed as other: {each}"]

@@ -10,8 +10,8 @@ from sophia.presets import PRESETS
 from sophia.study import evidence, verdict
 from sophia.study.flags import flags
 from sophia.study.measured import Cost
-from sophia.study.plan import AblationCell, Cell, Plan, Trial
-from sophia.study.runs import FinishedRun, RunSpec
+from sophia.study.plan import AblationCell, Cell, Plan, Trial, roles
+from sophia.study.runs import FinishedRun
 from sophia.study.settings import Entry, Study
 from sophia.study.standing import Standings, final_loss, paired
 from sophia.study.statistics import Estimate
@@ -104,9 +104,9 @@ def _study(study: Study, context: StudyContext) -> dict[str, Any]:
             "final_lr_fraction": race.final_lr_fraction,
             "max_grad_norm": race.max_grad_norm,
         },
-        "budgets": [share * race.tokens for share in race.baseline_budgets],
+        "budgets": [race.steps(share, race.tokens_per_step) * race.tokens_per_step for share in race.baseline_budgets],
         "seeds": list(race.seeds),
-        "headline_seeds": list(race.headline_seeds or race.seeds),
+        "headline_seeds": list(race.paired_seeds),
         "search_seed": race.search_seed,
         "trials": race.trials,
         "retrials": race.retrials,
@@ -249,25 +249,15 @@ def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
 
 
 def _runs(table: Standings) -> list[dict[str, Any]]:
-    places = _places(table.plan)
-    return [_run(table, run, *places.get(run.spec.id, ("unused", None))) for run in table.finished.values()]
-
-
-def _places(plan: Plan) -> dict[str, tuple[str, str | None]]:
-    """Run -> its role and the ablation that it belongs to."""
-    places: dict[str, tuple[str, str | None]] = {}
-
-    def put(specs: Sequence[RunSpec], role: str, ablation: str | None) -> None:
-        for spec in specs:
-            places.setdefault(spec.id, (role, ablation))
-
-    for cell in plan.cells:
-        put(cell.finals, "final", None)
-        put([trial.spec for trial in cell.trials], "search", None)
-    for one in plan.ablations:
-        put(one.finals, "ablation", one.name)
-        put([trial.spec for trial in one.trials], "search", one.name)
-    return places
+    known = roles(table.plan)
+    owners: dict[str, str] = {}
+    for one in table.plan.ablations:
+        owners |= dict.fromkeys([spec.id for spec in (*(trial.spec for trial in one.trials), *one.finals)], one.name)
+    return [
+        _run(table, run, role, owners.get(run.spec.id) if role == "ablation" else None)
+        for run in table.finished.values()
+        for role in [known.get(run.spec.id, "other")]
+    ]
 
 
 def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) -> dict[str, Any]:

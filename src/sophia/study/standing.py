@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sophia.study.curve import Losses
 from sophia.study.measured import Cost
-from sophia.study.plan import AblationCell, Cell, Plan
+from sophia.study.plan import AblationCell, Cell, Plan, best_batch
 from sophia.study.runs import FinishedRun
 from sophia.study.settings import Study
 from sophia.study.speedup import Speedup, speedup
@@ -65,11 +65,9 @@ class Standings:
         return next((c for c in self.costs if (c.optimizer, c.tokens_per_step) == (name, tokens_per_step)), None)
 
     def best_batch(self, name: str) -> Cell | None:
-        """The cell of the lowest loss in the search among all batch sizes at T; None before all are searched."""
-        race = self.study.race
-        found = [self.cell(name, tokens_per_step=size) for size in (race.tokens_per_step, *race.other_batches)]
-        cells = [cell for cell in found if cell is not None and cell.best is not None]
-        return min(cells, key=searched_loss) if len(cells) == len(found) else None
+        """The cell of the batch size with the lowest loss at T; None before all have run."""
+        size = best_batch(self.study, self.plan.cells, self.finished, name)
+        return None if size is None else self.cell(name, tokens_per_step=size)
 
     def standing(self, cell: Cell | None, reference: Cell | None) -> Standing:
         """An entry's cell at T against the baseline's curve at the batch of its own cell."""
@@ -110,11 +108,6 @@ class Standings:
             n=ours.rounds,
         )
         return time, Estimate(value=operations, low=operations, high=operations, n=1)
-
-
-def searched_loss(cell: Cell) -> float:
-    """The lowest loss of a cell's search: what is chosen by it, final runs do not know."""
-    return min((trial.loss for trial in cell.trials if trial.loss is not None), default=math.inf)
 
 
 def final_loss(losses: Mapping[int, float]) -> Estimate | None:

@@ -95,8 +95,6 @@ def _where(results: Mapping[str, Any], tokens: Numbers) -> str:
         f"text: {study['text']}",
         f"{n} seed{'s' if n != 1 else ''}",
     ]
-    if study["trials"] < 3:
-        parts.append("untuned")
-    elif tokens["low"] is not None:
+    if tokens["low"] is not None:
         parts.append("95 % intervals")
     return f" ({', '.join(parts)})"
