@@ -221,7 +221,7 @@ class _Walk:
             own, others = self._exponents[best.settings], _others(best.settings)
             sides = [one for one in (own - step, own + step) if self._settings(one, others) not in self._made]
             if sides:
-                sides.sort(key=lambda one: self._beside(own, one < own, others))
+                sides.sort(key=lambda one: self._promise(one, own, others))
                 self._ask([(one, others) for one in sides], "refine")
             elif step > _FINEST:
                 step /= 2
@@ -253,16 +253,13 @@ class _Walk:
         rest = _without(through, name)
         return [one for one in self._made if _without(one, name) == rest]
 
-    def _beside(self, own: Fraction, below: bool, others: Settings) -> float:
-        """The loss of the nearest learning rate on one side: where nobody has been yet comes first, then the lower."""
-        losses = {e: self._made[s].loss for s, e in self._exponents.items() if _others(s) == others}
-        nearest = (
-            max((e for e in losses if e < own), default=None)
-            if below
-            else min((e for e in losses if e > own), default=None)
-        )
-        loss = None if nearest is None else losses[nearest]
-        return -math.inf if loss is None else loss
+    def _promise(self, side: Fraction, own: Fraction, others: Settings) -> tuple[bool, float]:
+        """Where to look first, least first: where nobody has been with these settings, then beside the lower loss."""
+        there = [one for one, e in self._exponents.items() if (e < own) == (side < own) and e != own]
+        same = [one for one in there if _others(one) == others]
+        nearest = min(same or there, key=lambda one: abs(self._exponents[one] - own), default=None)
+        loss = None if nearest is None else self._made[nearest].loss
+        return bool(same), -math.inf if loss is None else loss
 
 
 def _grid(count: int) -> list[Fraction]:
@@ -291,16 +288,14 @@ def _found(candidates: tuple[Candidate, ...], *, done: bool, more: Sequence[str]
     best = _best(candidates)
     if best is None:
         return Found(candidates=candidates, done=True, best=None, edges=("every run of the search diverged",))
-    # Rates that were tried at the same other settings, or at any, where there is but this one.
-    same = [one for one in candidates if _others(one.settings) == _others(best.settings)]
-    edges = _rate_edge(rate_of(best.settings), same if len(same) > 1 else candidates)
-    return Found(candidates=candidates, done=True, best=best.settings, edges=(*edges, *more))
+    return Found(candidates=candidates, done=True, best=best.settings, edges=(*_rate_edge(best, candidates), *more))
 
 
-def _rate_edge(lr: float, tried: Sequence[Candidate]) -> tuple[str, ...]:
-    rates = [rate_of(one.settings) for one in tried]
+def _rate_edge(best: Candidate, tried: Sequence[Candidate]) -> tuple[str, ...]:
+    """Whether a higher and a lower rate was tried, with whatever other settings."""
+    lr, rates = rate_of(best.settings), [rate_of(one.settings) for one in tried]
     if min(rates) < lr < max(rates):
         return ()
-    if len(rates) == 1:
+    if min(rates) == max(rates):
         return (f"lr {lr:g} is the only one tried",)
     return (f"lr {lr:g} is the {'lowest' if lr == min(rates) else 'highest'} tried",)
