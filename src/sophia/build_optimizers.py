@@ -17,6 +17,9 @@ from sophia.parameter_groups import NamedParameters, parameter_groups
 Groups = list[dict[str, Any]]
 Parts = list[torch.optim.Optimizer]
 
+# torch's NAdam has μ_t = β1 (1 − ½ 0.96^(t ψ)): with this ψ it is β1 in all steps.
+_HELD = 1e6
+
 
 def build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> Parts:
     """The optimizers that together update all named parameters, once each.
@@ -37,7 +40,9 @@ def _adamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 
 def _nadamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
-    return [torch.optim.NAdam(groups, lr=_lr(settings), betas=_betas(settings), decoupled_weight_decay=True)]
+    """Nesterov's momentum in AdamW, held as most of the field holds it; torch's schedule of it is not the paper's."""
+    held = {"decoupled_weight_decay": True, "momentum_decay": _HELD}
+    return [torch.optim.NAdam(groups, lr=_lr(settings), betas=_betas(settings), **held)]
 
 
 def _lion(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:

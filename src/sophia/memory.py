@@ -388,8 +388,8 @@ class _Step:
 
     @property
     def step_temporaries(self) -> int:
-        """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; Muon's
-        and SOAP's products.
+        """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; for
+        Muon and SOAP products.
         """
         if self.optimizer in ("lion", "signum"):
             return self.model
