@@ -12,12 +12,13 @@ LossOf = Callable[[RunSpec], float | None]
 def finish(spec: RunSpec, loss: float | None) -> FinishedRun:
     """A run that came to its end with this loss; None: that diverged."""
     curve = (Point(step=0, tokens=0, val_loss=7.0), Point(step=spec.steps, tokens=spec.tokens, val_loss=loss))
+    interval = int(str(dict(spec.settings).get("curvature_interval", 10)))
     evidence = Evidence(
         weights=f"weights {spec.seed}",
         batches=f"batches {spec.seed} {spec.tokens_per_step}",
         validation="validation",
         last_lr_factor=0.05,
-        refreshes=-(-spec.steps // 10) if spec.kind.startswith("sophia") else None,
+        refreshes=-(-spec.steps // interval) if spec.kind.startswith("sophia") else None,
         conditions={"device": "cpu", "precision": "fp32", "compile": False, "threads": 1},
     )
     return FinishedRun(

@@ -10,7 +10,7 @@ from typing import Any
 from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan
 from sophia.study.runs import Evidence, FinishedRun, RunSpec, Settings
-from sophia.study.settings import Entry, Study
+from sophia.study.settings import Study
 
 # What all runs must share, as against what only moves roundings.
 _CONDITIONS = ("device", "precision", "compile")
@@ -167,7 +167,7 @@ def _check_refreshes(study: Study, whole: Sequence[tuple[FinishedRun, Evidence]]
     kinds = kind_of(study)
     lost: dict[str, list[str]] = {}
     for run, evidence in whole:
-        if not kinds.get(run.spec.optimizer, run.spec.kind).startswith("sophia-"):
+        if not (run.spec.kind or kinds.get(run.spec.optimizer, "")).startswith("sophia-"):
             continue
         interval = curvature_interval(run.spec.settings)
         wanted, found = math.ceil(run.spec.steps / interval), evidence.refreshes or 0
@@ -206,7 +206,6 @@ def kind_of(study: Study) -> dict[str, str]:
 
 def _check_cost(study: Study, plan: Plan, cost: Cost, costs: Sequence[Cost]) -> None:
     """A timing must be of the settings that are judged, with all their curvature in it."""
-    entry: Entry | None = next((one for one in study.optimizers if one.name == cost.optimizer), None)
     best = timed_settings(study, plan, cost)
     again = "delete timing.json and measure again"
     if best is not None and not same_cost(best, cost.settings):
@@ -214,8 +213,7 @@ def _check_cost(study: Study, plan: Plan, cost: Cost, costs: Sequence[Cost]) -> 
             f"the timing of {cost.optimizer} was made with {plain(cost.settings)}, but its best settings are "
             f"{plain(best)}: {again}"
         )
-    kind = kind_of(study).get(cost.optimizer, "" if entry is None else entry.optimizer)
-    if not kind.startswith("sophia-"):
+    if not kind_of(study).get(cost.optimizer, "").startswith("sophia-"):
         return
     interval = curvature_interval(cost.settings)
     wanted, found = cost.steps_per_round / interval, cost.refreshes_per_round or 0

@@ -81,7 +81,7 @@ def build(
         "runs": _runs(table),
         "flags": [*flags(table, context.committed), *found],
     }
-    results["verdict"] = verdict.sentence(results)
+    results["verdict"] = verdict.sentence(results, table.missing() if study.race.headline else "")
     return results
 
 
@@ -234,7 +234,8 @@ def _point(table: Standings, cell: Cell) -> dict[str, Any]:
 
 def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
     wanted = next(one for one in table.study.ablations if one.name == cell.name)
-    losses = table.losses(cell)
+    losses, size = table.losses(cell), table.study.race.tokens_per_step
+    cost = None if cell.best is None else table.cost_with(cell.best, cell.name, cell.of, tokens_per_step=size)
     return {
         "name": cell.name,
         "of": cell.of,
@@ -244,7 +245,7 @@ def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
         "difference": _difference(paired(losses, table.losses(table.cell(cell.of)))),
         "searched": bool(wanted.lr_factors),
         "trials": [_trial(trial) for trial in cell.trials if trial.finished],
-        "cost": _cost(table.cost(cell.name, table.study.race.tokens_per_step)),
+        "cost": _cost(cost),
     }
 
 
@@ -262,9 +263,8 @@ def _runs(table: Standings) -> list[dict[str, Any]]:
 
 def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) -> dict[str, Any]:
     spec = run.spec
-    cost = table.cost(ablation or spec.optimizer, spec.tokens_per_step)
-    if cost is not None and not evidence.same_cost(cost.settings, spec.settings):
-        cost = None
+    names = [spec.optimizer] if ablation is None else [ablation, spec.optimizer]
+    cost = table.cost_with(spec.settings, *names, tokens_per_step=spec.tokens_per_step)
     return {
         "id": spec.id,
         "optimizer": spec.optimizer,

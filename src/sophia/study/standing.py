@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sophia.study.curve import Losses
+from sophia.study.evidence import same_cost
 from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan, best_batch
-from sophia.study.runs import FinishedRun
+from sophia.study.runs import FinishedRun, Settings
 from sophia.study.settings import Study
 from sophia.study.speedup import Speedup, speedup
 from sophia.study.statistics import Estimate, difference, divided, mean
@@ -61,13 +62,44 @@ class Standings:
         return {cell.steps * cell.tokens_per_step: _finite(self.losses(cell)) for cell in cells}
 
     def cost(self, name: str, tokens_per_step: int) -> Cost | None:
-        """What an update of an entry or an ablation costs."""
+        """What an update of an entry costs; of an ablation that costs something else than its entry."""
         return next((c for c in self.costs if (c.optimizer, c.tokens_per_step) == (name, tokens_per_step)), None)
+
+    def cost_with(self, settings: Settings, *names: str, tokens_per_step: int) -> Cost | None:
+        """The cost of the first of these names that was timed with settings of equal cost."""
+        found = [self.cost(name, tokens_per_step) for name in names]
+        return next((cost for cost in found if cost is not None and same_cost(cost.settings, settings)), None)
 
     def best_batch(self, name: str) -> Cell | None:
         """The cell of the batch size with the lowest loss at T; None before all have run."""
         size = best_batch(self.study, self.plan.cells, self.finished, name)
         return None if size is None else self.cell(name, tokens_per_step=size)
+
+    def missing(self) -> str:
+        """What a verdict on the headline entry still waits for; empty where nothing is."""
+        race = self.study.race
+        for name in (race.baseline, race.headline):
+            cell = self.cell(name)
+            done = 0 if cell is None else sum(trial.finished for trial in cell.trials)
+            if cell is None or done < race.trials:
+                return f"the search of {name} has {done} of {race.trials} runs"
+            if cell.best is None:
+                return f"in the search of {name} every run diverged"
+        cells = [
+            cell
+            for cell in self.plan.cells
+            if cell.optimizer in (race.baseline, race.headline) and cell.tokens_per_step == race.tokens_per_step
+        ]
+        if any(not trial.finished for cell in cells for trial in cell.trials):
+            return "searches at other budgets go on"
+        wanted = [spec.id for cell in cells for spec in cell.finals]
+        done = sum(one in self.finished for one in wanted)
+        if done < len(wanted):
+            return f"{done} of {len(wanted)} final runs of the two are done"
+        for name in (race.baseline, race.headline):
+            if self.cost(name, race.tokens_per_step) is None:
+                return f"updates of {name} have not been timed"
+        return ""
 
     def standing(self, cell: Cell | None, reference: Cell | None) -> Standing:
         """An entry's cell at T against the baseline's curve at the batch of its own cell."""

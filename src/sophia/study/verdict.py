@@ -8,16 +8,16 @@ from sophia.study.flags import amount
 Numbers = Mapping[str, Any]
 
 
-def sentence(results: Mapping[str, Any]) -> str:
+def sentence(results: Mapping[str, Any], missing: str) -> str:
     """What the results say about the headline entry against the baseline, with numbers and units.
 
     Args:
         results: As in results.json; `verdict` is not read.
+        missing: What it waits for; empty where nothing is.
     """
     name, baseline = results["headline"], results["baseline"]
     if name is None:
         return f"No verdict: the study names no headline entry to hold against {baseline}."
-    missing = _missing(results, name, baseline)
     if missing:
         return f"No verdict yet on {name} against {baseline}: {missing}."
     found = results["optimizers"][name]
@@ -32,24 +32,6 @@ def sentence(results: Mapping[str, Any]) -> str:
         f"{_times(tokens)} the tokens and {_times(seconds)} the time"
     )
     return f"{_judgement(found, name, baseline)}: {facts}{_where(results, tokens)}."
-
-
-def _missing(results: Mapping[str, Any], name: str, baseline: str) -> str:
-    found = results["optimizers"][name]
-    for one in (baseline, name):
-        if results["optimizers"][one]["best"] is None:
-            done, wanted = results["optimizers"][one]["trials"], results["study"]["trials"]
-            if done < wanted:
-                return f"the search of {one} has {done} of {wanted} runs"
-            return f"the search of {one} found no settings that converge"
-    seeds = results["study"]["headline_seeds"]
-    if results["complete"]:
-        return ""
-    if found["speedup_tokens"]["n"] < len(seeds) and found["speedup_tokens"]["value"] is not None:
-        return f"{found['speedup_tokens']['n']} of {len(seeds)} seeds have run"
-    if found["cost"] is None:
-        return "some runs and the timing of the updates are missing"
-    return "some runs are missing"
 
 
 def _judgement(found: Mapping[str, Any], name: str, baseline: str) -> str:
