@@ -1,29 +1,31 @@
 """`sophia compare`: a fair race between optimizers, from a study file to results.json and report.html."""
 
+import json
 import os
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
 
-from sophia import prepare as prepare_command
-from sophia.data.prepare import prepare
-from sophia.data.recipe import Recipe
-from sophia.data.shards import Dataset
-from sophia.data.sources import find_sources
 from sophia.distributed import pick_device
 from sophia.guards import Signals
-from sophia.study import lock, read
+from sophia.prepare import usable_cores
+from sophia.study import lock, outcome, read, timing
 from sophia.study.advance import advance
 from sophia.study.ledger import Ledger
+from sophia.study.measured import Cost
 from sophia.study.plan import Plan, plan
 from sophia.study.pool import Pool
 from sophia.study.progress import Progress
 from sophia.study.runs import RunSpec
 from sophia.study.settings import Study
+from sophia.study.text import StudyText, open_text
 from sophia.study.worker import Job
 from sophia.train import signal_name
 
@@ -35,8 +37,8 @@ class CompareSettings:
     """Settings of `sophia compare`."""
 
     study: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="STUDY.toml")] = None
-    """The study: optimizers, model, text, budgets, seeds. Without one, the study that ships with sophia runs: text that
-    every machine has, a model for two CPU cores."""
+    """The study: optimizers, model, text, budgets, seeds. Without one the study that ships with sophia runs: a model
+    for two CPU cores, on text that every machine has."""
     out: Path | None = None
     """Folder for runs and results; a study that was begun there goes on. By default compare-out/NAME."""
     workers: int | None = None
@@ -46,7 +48,7 @@ class CompareSettings:
     minutes: float | None = None
     """Begin no run after so many minutes, and end with what there is: a study advances in pieces."""
     report: bool = False
-    """Begin no run at all: only write results and report of what there is."""
+    """Begin no run at all: only write results and report of what there is, also while another process goes on."""
     json: bool = False
     """Print the outcome as one JSON object; everything else goes to stderr."""
 
@@ -61,83 +63,120 @@ class CompareSettings:
 
 
 def compare(settings: Annotated[CompareSettings, tyro.conf.arg(name="")]) -> None:
-    """Run a study, or go on with one: finished runs are kept, and never repeated."""
-    console = Console(stderr=settings.json)
-    study = read.read_study(settings.study)
-    out = settings.out or Path("compare-out") / study.name
-    out.mkdir(parents=True, exist_ok=True)
-    with lock.occupied(out):
-        _work(study, settings, out, console)
+    """Run a study, or go on with one: finished runs are kept, and never made again."""
+    piece = _Piece(settings, Console(stderr=settings.json))
+    if settings.report:
+        piece.report()
+    else:
+        piece.run()
 
 
-def _work(study: Study, settings: CompareSettings, out: Path, console: Console) -> None:
-    data = _data(study, settings, out, console)
-    ledger = Ledger(out, lambda text: console.print(text, highlight=False, soft_wrap=True))
-    held = lock.take(out, read.frozen(study), data.fingerprint, begun=bool(ledger.runs))
-    signals = Signals()
-    state = plan(study, ledger.runs)
-    if not settings.report and not state.done:
-        state = _advance(study, settings, out, data, ledger, held, signals, console)
-    _print(state, ledger, console)
-    if signals.received:
-        console.print(
-            f"{signal_name(signals.received)}: stopped with {len(ledger.runs)} finished runs; go on with the same "
-            "command",
-            highlight=False,
-            soft_wrap=True,
+class _Piece:
+    """One call of the command: a study advances in pieces."""
+
+    def __init__(self, settings: CompareSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.study: Study = read.read_study(settings.study)
+        self.file = outcome.study_file(settings.study)
+        self.out = settings.out or Path("compare-out") / self.study.name
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def report(self) -> None:
+        """Write results and report of what there is; nothing else is changed."""
+        ledger = Ledger(self.out, mend=False)
+        if not ledger.runs:
+            raise ValueError(f"{self.out} holds no finished run to report: run the study first, without --report")
+        text = open_text(self.study, self.out, make=False)
+        held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=True)
+        state = plan(self.study, ledger.runs)
+        self._conclude(state, ledger, timing.read(self.study, state, self.out), text, held)
+
+    def run(self) -> None:
+        """Make runs, time updates, write results and report."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with lock.occupied(self.out):
+            text = open_text(self.study, self.out, note=self.say)
+            ledger = Ledger(self.out, note=self.say)
+            held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=bool(ledger.runs))
+            (self.out / outcome.STUDY).write_text(self.file, encoding="utf-8")
+            state = plan(self.study, ledger.runs)
+            if not state.done:
+                state, held = self._advance(ledger, text, held)
+            costs = self._time(state, text) if state.done else timing.read(self.study, state, self.out)
+            self._conclude(state, ledger, costs, text, held)
+
+    def _advance(self, ledger: Ledger, text: StudyText, held: lock.Lock) -> tuple[Plan, lock.Lock]:
+        def before(spec: RunSpec) -> None:
+            nonlocal held
+            if spec.optimizer != self.study.race.baseline:
+                held = lock.note_test(self.out, held, self.settings.study)
+
+        gpus, workers, threads = self._machine()
+        job = Job(study=self.study, data=text.dataset.folder, work=self.out / "work", threads=threads)
+        self.say(f"study {self.study.name}: {len(ledger.runs)} runs finished, {workers} at a time; Ctrl-C pauses")
+        signals = Signals()
+        with signals.caught(), Progress(self.console, self.study) as progress:
+            pool = Pool(job, workers=workers, gpus=gpus, note=progress.note)
+            state = advance(self.study, ledger, pool, progress, signals, minutes=self.settings.minutes, before=before)
+        if signals.received:
+            self.say(
+                f"{signal_name(signals.received)}: stopped with {len(ledger.runs)} finished runs, which are kept; "
+                "the same command goes on"
+            )
+            raise SystemExit(_SIGNALLED + signals.received)
+        return state, held
+
+    def _machine(self) -> tuple[list[str], int, int]:
+        """GPUs, one for each worker; workers; threads of each."""
+        wanted, threads = self.settings.workers, self.settings.threads or 1
+        if pick_device(self.study.machine.device).type != "cuda":
+            return [], wanted or max(1, usable_cores() // threads), threads
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        if wanted is not None and wanted > len(gpus):
+            raise ValueError(f"workers is {wanted}, but each run has a GPU of its own, and there are {len(gpus)}")
+        return gpus[:wanted], wanted or len(gpus), threads
+
+    def _time(self, state: Plan, text: StudyText) -> list[Cost]:
+        place = timing.Place(data=text.dataset.folder, out=self.out, processes=self._machine()[1])
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            with self.console.status("timing") as status:
+                return timing.measure(self.study, state, place, status.update)
+        except KeyboardInterrupt:
+            self.say("interrupted: all runs are finished and kept; the same command goes on with the timing")
+            raise SystemExit(_SIGNALLED + signal.SIGINT) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _conclude(self, state: Plan, ledger: Ledger, costs: Sequence[Cost], text: StudyText, held: lock.Lock) -> None:
+        found, paths = outcome.write(
+            self.study, state, ledger, costs, file=self.file, text=text, committed=held.committed, out=self.out
         )
-        raise SystemExit(_SIGNALLED + signals.received)
+        self.say(found["verdict"])
+        for flag in found["flags"]:
+            self.say(f"  note: {flag}")
+        if not state.done:
+            self.say(
+                f"{len(ledger.runs)} runs finished, about {state.steps_left} updates to go: the same command goes on"
+            )
+        self.say("results: " + "  ".join(map(str, paths)))
+        if self.settings.json:
+            answer = {
+                "study": self.study.name,
+                "out": str(self.out),
+                "finished_runs": len(ledger.runs),
+                "steps_left": state.steps_left,
+                "complete": found["complete"],
+                "verdict": found["verdict"],
+                "flags": found["flags"],
+                "files": [str(path) for path in paths],
+            }
+            print(json.dumps(answer))
 
 
-def _advance(
-    study: Study,
-    settings: CompareSettings,
-    out: Path,
-    data: Dataset,
-    ledger: Ledger,
-    held: lock.Lock,
-    signals: Signals,
-    console: Console,
-) -> Plan:
-    def before(spec: RunSpec) -> None:
-        nonlocal held
-        if spec.optimizer != study.race.baseline:
-            held = lock.note_test(out, held, settings.study)
-
-    gpus, workers, threads = _machine(study, settings)
-    job = Job(study=study, data=data.folder, work=out / "work", threads=threads)
-    progress = Progress(console)
-    pool = Pool(job, workers=workers, gpus=gpus, note=lambda text: progress.note("", text))
-    with signals.caught():
-        return advance(study, ledger, pool, progress, signals, minutes=settings.minutes, before=before)
-
-
-def _machine(study: Study, settings: CompareSettings) -> tuple[list[str], int, int]:
-    """GPUs, workers and threads of each."""
-    threads = settings.threads or 1
-    if pick_device(study.machine.device).type != "cuda":
-        return [], settings.workers or max(1, prepare_command.usable_cores() // threads), threads
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    if settings.workers is not None and settings.workers > len(gpus):
-        raise ValueError(f"workers is {settings.workers}, but there are {len(gpus)} GPUs, and a run has one of its own")
-    return gpus[: settings.workers], settings.workers or len(gpus), threads
-
-
-def _data(study: Study, settings: CompareSettings, out: Path, console: Console) -> Dataset:
-    folder = study.data.folder
-    if folder is not None:
-        return Dataset.open(folder)
-    folder = out / "data"
-    if (folder / "manifest.json").exists():
-        return Dataset.open(folder)
-    with console.status("preparing this machine's own text"):
-        recipe = Recipe(tokenizer=study.data.tokenizer)
-        sources = find_sources(("builtin",), without=folder)
-        return prepare(sources, folder, recipe, workers=prepare_command.usable_cores()).dataset
-
-
-def _print(state: Plan, ledger: Ledger, console: Console) -> None:
-    for cell in state.cells:
-        console.print(f"{cell.optimizer} {cell.steps} x {cell.tokens_per_step}: {dict(cell.best or ())}")
-    console.print(f"{len(ledger.runs)} runs finished, {state.steps_left} updates left")
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

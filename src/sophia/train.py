@@ -109,7 +109,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the last step, or until a signal."""
         at_checkpoint = self.session.resumed is not None
-        batches = self._prefetch()
+        batches = self.prefetch()
         try:
             while True:
                 done = self.progress.step >= self.steps
@@ -119,11 +119,11 @@ class Trainer:
                 at_checkpoint = False
                 if done or self._stop:
                     break
-                lr = self._update(*next(batches))
+                lr = self.update(*next(batches))
                 if self._look_due() and (back := self._look(lr)) is not None:
                     batches.close()
                     self._roll_back(*back)
-                    batches, at_checkpoint = self._prefetch(), True
+                    batches, at_checkpoint = self.prefetch(), True
         except Exception:
             with contextlib.suppress(OSError):
                 self.writer.wait()  # the checkpoint on its way is worth more than a quick end
@@ -138,7 +138,7 @@ class Trainer:
             signal=(self.signals.received or signal.SIGTERM) if early else 0,  # perhaps only another rank's
         )
 
-    def _update(self, inputs: Tensor, targets: Tensor) -> float:
+    def update(self, inputs: Tensor, targets: Tensor) -> float:
         """Curvature when due, gradients, an update: all of it left to the device. Returns the learning rate.
 
         Also learns whether any rank was to stop.
@@ -155,6 +155,8 @@ class Trainer:
         lr = self.session.optimizers.set_lr(factor(self.settings, progress.step))
         self.session.optimizers.step(skip=not_finite)
         progress.step += 1
+        if progress.step < self.steps:  # nothing would use the last one's
+            run_within_memory(lambda: stepper.refresh_after(inputs, targets), self.session, self.note)
         self.display.step(progress.step)
         return lr
 
@@ -335,7 +337,8 @@ class Trainer:
     def _tokens(self) -> int:
         return self.progress.step * (self.settings.batch.tokens_per_step or 0)
 
-    def _prefetch(self) -> Prefetcher:
+    def prefetch(self) -> Prefetcher:
+        """The coming batches, read in the background; to be closed."""
         return Prefetcher(
             self.session.batches,
             start=self.progress.step + self.progress.skipped,

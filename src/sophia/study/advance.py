@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from sophia.guards import Signals
+from sophia.study.evidence import named
 from sophia.study.ledger import Ledger
 from sophia.study.plan import Plan, plan
 from sophia.study.pool import Pool
@@ -45,21 +46,20 @@ def advance(
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
     state = plan(study, ledger.runs)
+    progress.plan(state)
     try:
         while not signals.received:
             if until is None or time.monotonic() < until:
                 _begin(state, pool, progress, before)
             if not pool.running:
                 break
-            progress.plan(state, pool.running)
-            finished = _take(pool.wait(_LOOK_SECONDS), ledger, progress)
-            if finished:
+            if _take(pool.wait(_LOOK_SECONDS), ledger, progress):
                 state = plan(study, ledger.runs)
+                progress.plan(state)
+            progress.tick()
     finally:
         _take(pool.stop(), ledger, progress)
-        state = plan(study, ledger.runs)
-        progress.plan(state, [])
-    return state
+    return plan(study, ledger.runs)
 
 
 def _begin(state: Plan, pool: Pool, progress: Progress, before: Callable[[RunSpec], None]) -> None:
@@ -76,17 +76,19 @@ def _begin(state: Plan, pool: Pool, progress: Progress, before: Callable[[RunSpe
 
 def _take(messages: list[Message], ledger: Ledger, progress: Progress) -> bool:
     """Write down what is finished, all of it before any failure is told. Returns whether there was anything."""
-    finished = [message.run for message in messages if isinstance(message, Finished)]
-    for run in finished:
-        ledger.append(run)
-        progress.finished(run)
+    failed: Failed | None = None
     for message in messages:
-        if isinstance(message, Step):
+        if isinstance(message, Finished):
+            ledger.append(message.run)
+            progress.finished(message.run)
+        elif isinstance(message, Step):
             progress.step(message.id, message.step)
         elif isinstance(message, Note):
-            progress.note(message.id, message.text)
+            progress.note(f"run {message.id}: {message.text}")
         elif isinstance(message, Failed):
-            if message.trace:
-                raise RuntimeError(f"run {message.id} failed:\n{message.trace}")
-            raise ValueError(f"run {message.id}: {message.message}")
-    return bool(finished)
+            failed = failed or message
+    if failed is not None and failed.trace:
+        raise RuntimeError(f"{named(failed.spec)} failed:\n{failed.trace}")
+    if failed is not None:
+        raise ValueError(f"{named(failed.spec)}: {failed.text}; finished runs are kept")
+    return any(isinstance(message, Finished) for message in messages)

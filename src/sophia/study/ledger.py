@@ -21,11 +21,12 @@ FORMAT = 1
 class Ledger:
     """The finished runs of one study folder."""
 
-    def __init__(self, folder: Path, note: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, folder: Path, *, mend: bool = True, note: Callable[[str], None] = lambda _: None) -> None:
         """Read what is there. A last line that a kill left unfinished is cut off.
 
         Args:
             folder: Of the study.
+            mend: False only leaves that line out: another process may be writing it.
             note: Is told when something was cut off.
 
         Raises:
@@ -35,7 +36,7 @@ class Ledger:
         self.path = Path(folder) / FILE
         self._runs: dict[str, FinishedRun] = {}
         if self.path.exists():
-            self._read(note)
+            self._read(note, mend=mend)
 
     @property
     def runs(self) -> Mapping[str, FinishedRun]:
@@ -65,10 +66,10 @@ class Ledger:
             os.close(handle)
         self._runs[run.spec.id] = run
 
-    def _read(self, note: Callable[[str], None]) -> None:
+    def _read(self, note: Callable[[str], None], *, mend: bool) -> None:
         content = self.path.read_bytes()
         whole, _, rest = content.rpartition(b"\n")
-        if rest:
+        if rest and mend:
             note(f"{self.path}: the last line was half written and is cut off; its run is made again")
             with self.path.open("r+b") as file:
                 file.truncate(len(content) - len(rest))

@@ -1,4 +1,4 @@
-"""What an update costs: measured apart from the runs, all optimizers in turn, so that a busy machine does not decide."""
+"""What an update costs: measured apart from the runs, all optimizers in turn: a busy machine does not decide."""
 
 from dataclasses import dataclass
 
@@ -32,5 +32,5 @@ class Cost:
     flops_per_step: float
     """Floating-point operations of an update on the average: forward, backward, curvature, the optimizer's own matrix
     products."""
-    peak_memory_bytes: int
-    """Highest memory while updates run."""
+    peak_memory_bytes: int | None
+    """Highest memory while updates run, beyond what the libraries take; None where the system does not tell."""

@@ -29,7 +29,6 @@ from sophia.distributed import World, world
 from sophia.guards import Signals
 from sophia.metrics import Metrics, RunMetrics, read_metrics
 from sophia.micro_batch import memory_told
-from sophia.optim.sophia import Sophia
 from sophia.run import RunFolder
 from sophia.session import Session
 from sophia.study.runs import Evidence, FinishedRun, Point, RunSpec
@@ -225,14 +224,13 @@ def _seconds(metrics: RunMetrics, spec: RunSpec) -> float:
 def _evidence(going: Session, metrics: RunMetrics, weights: str, peak: float) -> Evidence:
     steps = going.settings.schedule.steps
     assert steps is not None
-    refreshes = [part.refreshes for part in going.optimizers.parts if isinstance(part, Sophia)]
     told = session.conditions(going)
     return Evidence(
         weights=weights,
         batches=_digest(part for index in (0, steps // 2, steps - 1) for part in going.batches.step(index)),
         validation=_digest(going.validation.batch(range(going.validation.count))),
         last_lr_factor=metrics.training[-1]["lr"] / peak,
-        refreshes=sum(refreshes) if refreshes else None,
+        refreshes=going.optimizers.refreshes,
         conditions={
             **{name: told[name] for name in ("device", "compile", "threads", "torch", "sophia")},
             "precision": str(going.precision).removeprefix("torch."),

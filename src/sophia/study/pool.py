@@ -126,13 +126,12 @@ class Pool:
         if spec is None:
             return []
         self._deaths[spec.id] = self._deaths.get(spec.id, 0) + 1
-        what = f"the process of {spec.optimizer}'s run {spec.id} ended with exit code {code}"
+        what = f"its process ended with exit code {code} (-9: killed, likely for want of memory)"
         if self._deaths[spec.id] < _MOST_DEATHS:
-            self._note(f"{what}: it is started again")
+            self._note(f"run {spec.id}: {what}; it is started again")
             self.start(spec)
             return []
-        remedy = "(-9: killed, likely for want of memory): start the study again, perhaps with fewer --workers"
-        return [Failed(spec.id, f"{what}, twice {remedy}")]
+        return [Failed(spec, f"{what}, for the second time: start the study again, perhaps with fewer --workers")]
 
     def _end(self, worker: _Worker) -> None:
         if worker not in self._workers:

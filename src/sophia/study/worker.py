@@ -71,8 +71,8 @@ class Stopped:
 class Failed:
     """A run cannot be made."""
 
-    id: str
-    message: str
+    spec: RunSpec
+    text: str
     trace: str = ""
     """Where it is a mistake of ours."""
 
@@ -137,9 +137,9 @@ def _outcome(job: Job, spec: RunSpec, signals: Any, pipe: Connection) -> Message
     except one_run.Stopped:
         return Stopped(spec.id)
     except (ValueError, OSError) as problem:
-        return Failed(spec.id, str(problem))
+        return Failed(spec, str(problem))
     except Exception as problem:
-        return Failed(spec.id, repr(problem), traceback.format_exc())
+        return Failed(spec, repr(problem), traceback.format_exc())
     return Finished(run)
 
 
