@@ -21,7 +21,7 @@ def test_the_public_signature_is_the_documented_one():
     expected = (
         "(params, lr=0.0006, betas=(0.96, 0.99), gamma={gamma}, eps=1e-12, weight_decay=0.2, curvature_interval=10, *, "
         "estimator=None, seed=0, process_group=None, gradient_reduction='mean', state_dtype=None, maximize=False, "
-        "foreach=None, fused=None, capturable=False)"
+        "foreach=None, fused=None, capturable=False, bias_correction=False, clip_target=None)"
     )
     for kind, gamma in ((SophiaG, 0.05), (SophiaH, 0.01)):
         signature = inspect.signature(kind)

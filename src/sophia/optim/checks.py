@@ -19,6 +19,9 @@ from sophia.optim.update import Path
 
 P = ParamSpec("P")
 
+# Clipped coordinates where gamma="auto" and nothing else is said: the middle of the paper's 10 to 50 % unclipped.
+CLIP_TARGET = 0.7
+
 PATHS = ("foreach", "fused", "capturable")  # settings of how a step is computed, not of what it computes
 
 _FOREIGN = {
@@ -96,8 +99,8 @@ def check_group(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must hold one number")
     _at_least_zero("lr", float(lr) if isinstance(lr, Tensor) else lr)
-    for name in ("gamma", "weight_decay"):
-        _at_least_zero(name, group[name])
+    _at_least_zero("gamma", group["gamma"], "or 'auto'")
+    _at_least_zero("weight_decay", group["weight_decay"])
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas!r} must be a pair (beta1, beta2)")
@@ -110,8 +113,17 @@ def check_group(group: dict[str, Any]) -> None:
             f"eps={group['eps']!r} must be positive, at least {smallest:.2e}: below that fp32 has 0 / 0 where momentum "
             "and curvature vanish"
         )
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize={group['maximize']!r} must be True or False")
+    for name in ("maximize", "bias_correction"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r} must be True or False")
+    target = group["clip_target"]
+    if target is not None and not (_is_number(target) and 0 < target < 1):
+        raise ValueError(f"clip_target={target!r} must be a share of the coordinates, above 0 and below 1")
+    if target is not None and group["capturable"]:
+        raise ValueError(
+            "gamma='auto' and capturable=True: a CUDA graph freezes γ, which has to follow the clipped fraction; give "
+            "gamma a number, or leave capturable=False"
+        )
     for name in PATHS:
         if group[name] is not None and not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be True, False or None")
@@ -119,9 +131,27 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError("foreach=True and fused=True ask for two paths at once: set one of them")
 
 
-def _at_least_zero(name: str, value: object) -> None:
+def resolved_gamma(
+    gamma: Any, clip_target: float | None, *, start: float, fallback: float | None = None
+) -> tuple[Any, float | None]:
+    """γ to begin with, and the clipped fraction that it is to follow; None where γ stays as it is.
+
+    Args:
+        gamma: a number or "auto".
+        clip_target: for "auto"; None is the fallback, or CLIP_TARGET.
+        start: the γ of "auto" as long as there is no momentum.
+        fallback: what holds for other groups.
+    """
+    if isinstance(gamma, str) and gamma == "auto":
+        return start, next(target for target in (clip_target, fallback, CLIP_TARGET) if target is not None)
+    if clip_target is not None:
+        raise ValueError(f"clip_target={clip_target!r} has a meaning with gamma='auto' only: set that, or leave it out")
+    return gamma, None
+
+
+def _at_least_zero(name: str, value: object, alternative: str = "") -> None:
     if not _is_number(value) or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
-        raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+        raise ValueError(f"{name}={value!r} must be a finite number of at least 0 {alternative}".rstrip())
 
 
 def _is_number(value: object) -> bool:

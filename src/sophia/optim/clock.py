@@ -167,7 +167,9 @@ class Clock:
 
     def accept(self) -> None:
         """Count an accepted refresh at the present step."""
-        self._set(last_refresh=self.time, accepted_refreshes=self.accepted + 1, curvature_scale=min(1.0, self.scale * 2))
+        self._set(
+            last_refresh=self.time, accepted_refreshes=self.accepted + 1, curvature_scale=min(1.0, self.scale * 2)
+        )
 
     def refuse(self) -> None:
         """Count a refused refresh: it stays due, and is tried again at a lower scale."""

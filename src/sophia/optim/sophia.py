@@ -2,15 +2,16 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia.optim import checks, kernels, refresh, rounding, state, stats, update
+from sophia.optim import auto_gamma, checks, kernels, refresh, rounding, state, stats, update
 from sophia.optim.attach import Attachment
 from sophia.optim.clock import FIELDS, Clock, Skips
 from sophia.optim.curvature import Estimator, GaussNewtonBartlett, Hutchinson
@@ -27,6 +28,10 @@ _NEVER_REFRESHED = (
     "    optimizer.refresh_curvature(lambda: {returns})\n"
     "or, to leave the loop as it is, build the optimizer with .attach(model)"
 )
+
+
+# Settings that pickles of earlier versions lack, with what those did.
+_LATER_DEFAULTS: Mapping[str, Any] = MappingProxyType({"bias_correction": False, "clip_target": None})
 
 
 class Sophia(Optimizer):
@@ -46,7 +51,9 @@ class Sophia(Optimizer):
         params: parameters, named parameters or param groups; groups may set lr, betas, gamma, eps and weight_decay.
         lr: η, the most that a coordinate moves in a step (decay apart); a number or a 0-D tensor.
         betas: (β1, β2), decay of the momentum per step and of the curvature per refresh.
-        gamma: γ; right when 10-50 % of the coordinates are *not* clipped, see `stats()["clip_fraction"]`.
+        gamma: γ; right when 10-50 % of the coordinates are *not* clipped, see `stats()["clip_fraction"]`. "auto" sets
+            it anew at every refresh that finds momentum, so that `clip_target` of the coordinates are clipped; until
+            then it is the paper's. It is in the group: `param_groups[i]["gamma"]`.
         eps: ε, the least denominator.
         weight_decay: λ, decoupled.
         curvature_interval: k, steps from one refresh to the next. One for all groups.
@@ -68,10 +75,30 @@ class Sophia(Optimizer):
             :attr:`curvature_due` waits for it, and so does `refresh_curvature`, which belongs between replays: a loop
             that counts its replays calls it at every k-th only. The graph freezes what is a number: make lr a tensor on
             the device to schedule it.
+        bias_correction: fold the n-th estimate in with 1 − (1 − β2) / (1 − β2ⁿ) in place of β2, so that h is whole from
+            the first on: the paper's h over 1 − β2ⁿ. Without it h is 10 % of its value after 10 refreshes at
+            β2 = 0.99, 50 % after 69. Not in the paper; may differ between groups.
+        clip_target: for gamma="auto": the share of coordinates to clip; None is 0.7. Groups of one target have one γ.
 
-    State of a parameter: `step` (updates it took part in), `exp_avg` (m) and `hessian` (h). A `hessian` of nothing but
-    negative zeros is curvature that no estimate has reached yet; such a parameter holds still.
+    State of a parameter: `step` (updates it took part in), `exp_avg` (m), `hessian` (h) and with bias_correction
+    `refreshes` (estimates that h is the average of). A `hessian` of nothing but negative zeros is curvature that no
+    estimate has reached yet; such a parameter holds still.
+
+    The defaults are the paper's. Whatever becomes of them, `**SophiaG.PAPER` (or SophiaH's) after the learning rate is
+    the rule exactly as it was published.
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "betas": (0.96, 0.99),
+            "gamma": 0.05,
+            "eps": 1e-12,
+            "weight_decay": 0.2,
+            "curvature_interval": 10,
+            "bias_correction": False,
+        }
+    )
+    """Keyword arguments of the published rule: all that changes what it computes but lr, which depends on the model."""
 
     _attachment: Attachment | None
 
@@ -81,7 +108,7 @@ class Sophia(Optimizer):
         params: ParamsT,
         lr: float | Tensor = 6e-4,
         betas: tuple[float, float] = (0.96, 0.99),
-        gamma: float = 0.05,
+        gamma: float | Literal["auto"] = 0.05,
         eps: float = 1e-12,
         weight_decay: float = 0.2,
         curvature_interval: int = 10,
@@ -95,6 +122,8 @@ class Sophia(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        bias_correction: bool = False,
+        clip_target: float | None = None,
     ) -> None:
         """Build the optimizer; see the class for the arguments."""
         checks.check_clock(curvature_interval, seed)
@@ -105,6 +134,7 @@ class Sophia(Optimizer):
             "curvature_interval": curvature_interval,
             "seed": seed,
         }
+        gamma, clip_target = checks.resolved_gamma(gamma, clip_target, start=self.PAPER["gamma"])
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -115,6 +145,8 @@ class Sophia(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "bias_correction": bias_correction,
+            "clip_target": clip_target,
         }
         checks.check_group(defaults)
         super().__init__(checks.checked_params(params), defaults)
@@ -296,7 +328,7 @@ class Sophia(Optimizer):
         gathered = gather(
             group["params"],
             self.state,
-            self._state,
+            lambda p: self._state(p, group),
             self._reach,
             lambda p: self._rounding_key(p, rounding.EXP_AVG),
             {device: always or (path == "fused" and device.type == "cuda") for device, path in paths.items()},
@@ -390,11 +422,14 @@ class Sophia(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch's optimizers do; its parameters hold still until the next refresh reaches them."""
+        given: dict[str, Any] = {}
         if isinstance(param_group, dict):
             checks.check_group_keys(param_group, self.defaults)
+            given = {**param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            group.update(self._gamma_of(given))
             checks.check_group(group)
             checks.check_parameters(group["params"])
             checks.check_paths(group)
@@ -404,6 +439,17 @@ class Sophia(Optimizer):
         time = self.param_groups[0] if len(self.param_groups) > 1 else self._new_clock
         group.update({name: time[name] for name in FIELDS})
         self._reach.add(group["params"])
+
+    def _gamma_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """γ and its target for a new group of these settings."""
+        general = self.defaults["gamma"] if self.defaults["clip_target"] is None else "auto"
+        gamma, target = checks.resolved_gamma(
+            given.get("gamma", general),
+            given.get("clip_target"),
+            start=self.PAPER["gamma"],
+            fallback=self.defaults["clip_target"],
+        )
+        return {"gamma": gamma, "clip_target": target}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, on any device; m and h take this optimizer's state dtype, not the parameters'.
@@ -462,6 +508,8 @@ class Sophia(Optimizer):
         """Restore from a pickle, a copy, or (by torch's load_state_dict) a state dict."""
         super().__setstate__(state)
         if "_scratch" not in self.__dict__:  # unpickled or copied
+            for name, value in _LATER_DEFAULTS.items():
+                self.defaults.setdefault(name, value)
             for group in self.param_groups:
                 for name, value in (*self.defaults.items(), *FIELDS.items()):
                     group.setdefault(name, value)
@@ -494,19 +542,21 @@ class Sophia(Optimizer):
         self._keys: dict[Tensor, tuple[int, ...]] = {}
         self._skips = Skips()
 
-    def _state(self, p: Tensor) -> dict[str, Any]:
-        return state.complete(self.state[p], p, self._dtype_of_state(p))
+    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return state.complete(self.state[p], p, self._dtype_of_state(p), counted=group["bias_correction"])
 
     def _create_state(self) -> None:
-        for p in self._parameters():
-            if p.requires_grad:
-                self._state(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._state(p, group)
 
     def _complete_state(self) -> None:
         """After loading: start what is missing anew, and read from the curvature what was never reached."""
-        for p in self._parameters():
-            if self.state.get(p):
-                self._state(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state.get(p):
+                    self._state(p, group)
         self._reach.restore((p, self.state[p]["hessian"] if p in self.state else None) for p in self._parameters())
 
     # ---- private
@@ -588,31 +638,36 @@ class Sophia(Optimizer):
             return False
         reached = {p: e for p, e in zip(params, estimates, strict=True) if e is not None}
         for group in self.param_groups:
-            paths = self._paths(group)
-            rows: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
-            for p in group["params"]:
-                if p not in reached:
-                    continue
-                hessian = local(self._state(p)["hessian"])
-                if p not in self._reach:
-                    hessian.zero_()  # from the mark of unreached curvature to plain zeros
-                row = (hessian, reached[p].to(hessian.device), self._rounding_key(p, rounding.HESSIAN))
-                rows.setdefault(p.device, []).append(row)
-            for device, folded in rows.items():
-                update.fold_curvature(
-                    [hessian for hessian, _, _ in folded],
-                    [estimate for _, estimate, _ in folded],
-                    beta2=group["betas"][1],
-                    scale=factor,
-                    path=paths[device],
-                    scratch=self._scratch,
-                    keys=[key for _, _, key in folded],
-                    step=self._clock.time,
-                )
+            self._fold_group(group, reached, factor)
         self._reach.update(reached)
         self._clips.forget()
         self._clock.accept()
+        auto_gamma.adjust(self.param_groups, self.state, self._reach, replicas)
         return True
+
+    def _fold_group(self, group: dict[str, Any], reached: Mapping[Tensor, Tensor], factor: float) -> None:
+        paths, (_, beta2) = self._paths(group), group["betas"]
+        rows: dict[tuple[torch.device, float], list[tuple[Tensor, Tensor, int]]] = {}
+        for p in group["params"]:
+            if p not in reached:
+                continue
+            own = self._state(p, group)
+            hessian = local(own["hessian"])
+            if p not in self._reach:
+                hessian.zero_()  # from the mark of unreached curvature to plain zeros
+            row = (hessian, reached[p].to(hessian.device), self._rounding_key(p, rounding.HESSIAN))
+            rows.setdefault((p.device, state.count_estimate(own, beta2)), []).append(row)
+        for (device, decay), folded in rows.items():
+            update.fold_curvature(
+                [hessian for hessian, _, _ in folded],
+                [estimate for _, estimate, _ in folded],
+                beta2=decay,
+                scale=factor,
+                path=paths[device],
+                scratch=self._scratch,
+                keys=[key for _, _, key in folded],
+                step=self._clock.time,
+            )
 
     def _never_refreshed(self) -> str:
         if self._attachment is not None:

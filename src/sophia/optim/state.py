@@ -1,4 +1,7 @@
-"""The state of a parameter: `step`, `exp_avg` (m) and `hessian` (h), from nothing and from a state dict."""
+"""The state of a parameter, from nothing and from a state dict.
+
+`step`, `exp_avg` (m), `hessian` (h), and with bias_correction `refreshes`: how many estimates h is the average of.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +19,34 @@ def dtype_of_state(p: Tensor, chosen: torch.dtype | None) -> torch.dtype:
     return chosen or torch.promote_types(p.dtype, torch.float32)
 
 
-def complete(state: dict[str, Any], p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding."""
+def complete(state: dict[str, Any], p: Tensor, dtype: torch.dtype, *, counted: bool) -> dict[str, Any]:
+    """Start what is missing in a parameter's state anew, with the parameter's layout and sharding.
+
+    counted: whether refreshes are. An h without a count is an average that starts anew with the next estimate.
+    """
+    if not counted:
+        state.pop("refreshes", None)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
+    if counted and "refreshes" not in state:
+        state["refreshes"] = torch.zeros((), dtype=torch.float32)
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if "hessian" not in state:
         state["hessian"] = torch.full_like(p, UNREACHED, dtype=dtype, memory_format=torch.preserve_format)
     return state
+
+
+def count_estimate(state: dict[str, Any], beta2: float) -> float:
+    """Count one more estimate where they are counted. Returns the decay of h as the estimate is folded in.
+
+    That is β2, or where they are counted 1 − (1 − β2) / (1 − β2ⁿ) for the n-th: h is then h_n / (1 − β2ⁿ) of the plain
+    recursion, the bias-corrected average.
+    """
+    if "refreshes" not in state:
+        return beta2
+    state["refreshes"] += 1
+    return 1 - (1 - beta2) / (1 - beta2 ** int(state["refreshes"]))
 
 
 def adopt_state(state: dict[str, Any], loaded: dict[str, Any], p: Tensor, dtype: torch.dtype) -> None:
@@ -36,7 +58,7 @@ def adopt_state(state: dict[str, Any], loaded: dict[str, Any], p: Tensor, dtype:
     for name, value in loaded.items():
         if name in ("exp_avg", "hessian"):
             state[name] = value.to(device=p.device, dtype=dtype, copy=True)
-        elif name == "step":  # on the host until a step needs it elsewhere
+        elif name in ("step", "refreshes"):  # on the host, the former until a step needs it elsewhere
             state[name] = torch.tensor(float(value), dtype=torch.float32)
 
 
