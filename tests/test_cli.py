@@ -61,17 +61,26 @@ def test_user_errors_are_one_line_and_2(arguments, words, capsys, tmp_path, monk
     assert all(word in error for word in words), error
 
 
-def test_without_the_extra_it_names_it(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("missing", "arguments", "words"),
+    [
+        ("tyro", ["demo"], "the command line needs tyro, which is not installed: pip install 'sophia-lm[train]'"),
+        ("scipy", ["compare"], "sophia compare needs scipy, which is not installed: pip install 'sophia-lm[study]'"),
+    ],
+)
+def test_without_an_extra_it_names_it(missing, arguments, words, monkeypatch, capsys):
     real = builtins.__import__
 
-    def without_tyro(name, *args, **kwargs):
-        if name.split(".")[0] == "tyro":
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_tyro)
-    assert cli.main(["demo"]) == 2
-    assert "pip install 'sophia-lm[train]'" in capsys.readouterr().err
+    monkeypatch.setattr(builtins, "__import__", without)
+    for module in [name for name in sys.modules if name.startswith(("sophia.study", "sophia.compare"))]:
+        monkeypatch.delitem(sys.modules, module)
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"sophia: {words}\n"
 
 
 def test_an_interrupt_ends_quietly(monkeypatch, capsys):

@@ -16,7 +16,8 @@ from sophia import __version__
 _USER_ERROR = 2
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
-_EXTRA = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tomli", "tomli_w", "tyro", "zstandard")
+_TRAIN = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tomli", "tomli_w", "tyro", "zstandard")
+_EXTRAS: Mapping[str, str] = {**dict.fromkeys(_TRAIN, "train"), "scipy": "study"}
 
 
 class Command(NamedTuple):
@@ -75,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             about="Sophia pre-trains language models: an optimizer, a trainer, and a fair race against AdamW.",
         )
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.split(".")[0] not in _EXTRA:
+        package = (missing.name or "").split(".")[0]
+        if package not in _EXTRAS:
             raise
-        return _refuse(f"the command line needs {missing.name}, which is not installed: pip install 'sophia-lm[train]'")
+        what = "the command line" if _EXTRAS[package] == "train" else f"sophia {arguments[0]}"
+        return _refuse(f"{what} needs {package}, which is not installed: pip install 'sophia-lm[{_EXTRAS[package]}]'")
     except BrokenPipeError:  # the reader of our output, `head` for example, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
