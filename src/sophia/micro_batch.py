@@ -6,10 +6,9 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +18,8 @@ from sophia.step import Stepper
 
 if TYPE_CHECKING:
     from sophia.session import Session
+
+T = TypeVar("T")
 
 # What the estimate may be wrong by, and what else the process needs.
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -72,8 +73,8 @@ def free_memory() -> int | None:
         return None
 
 
-def run_within_memory(compute: Callable[[], Tensor], session: "Session", note: Callable[[str], None]) -> Tensor:
-    """Run one step's computation; with micro_batch auto, again with fewer sequences at a time when memory runs out.
+def run_within_memory(compute: Callable[[], T], session: "Session", note: Callable[[str], None]) -> T:
+    """Run a computation of a step; with micro_batch auto, again with fewer sequences at a time when memory runs out.
 
     It may be run again because it is a function of the step alone and leaves nothing but gradients, which it drops
     first.

@@ -39,7 +39,24 @@ class Stepper:
     """Whether the model runs through torch.compile."""
 
     def refresh(self, inputs: Tensor, targets: Tensor) -> None:
-        """Renew the curvature from some of the batch's rows, when that is due. Drops the last step's gradients."""
+        """Before an update: renew the curvature from some of the batch's rows, when that is due and not left for later.
+
+        Drops the last step's gradients.
+        """
+        # No update is made blind: the first estimate comes before it in any case.
+        if not self._refreshes_after or not self.optimizers.refreshes:
+            self._refresh_when_due(inputs, targets)
+
+    def refresh_after(self, inputs: Tensor, targets: Tensor) -> None:
+        """After an update from this batch: renew the curvature for the next one, where it is to be done then."""
+        if self._refreshes_after and self.optimizers.refreshes:
+            self._refresh_when_due(inputs, targets)
+
+    @property
+    def _refreshes_after(self) -> bool:
+        return self.optimizers.settings.refresh_when == "after"
+
+    def _refresh_when_due(self, inputs: Tensor, targets: Tensor) -> None:
         if self.optimizers.curvature_due:
             self.optimizers.zero_grad()  # the estimate would be made beside them
             with self.autocast():
