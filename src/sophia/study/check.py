@@ -230,8 +230,9 @@ def refuse(entry: Entry, race: RaceSettings, model: ModelSettings, changes: dict
     if entry.hook:
         values["hook"] = entry.hook
     chosen = OptimizerSettings(optimizer=entry.optimizer, **values)
+    paired = entry.name in (race.baseline, race.headline)
     try:
-        for batch in race.batches:
+        for batch in race.batches if paired else (race.tokens_per_step,):
             resolve_optimizer(TrainSettings(model=model, optimizer=chosen, batch=BatchSettings(tokens_per_step=batch)))
     except ValueError as problem:
         raise ValueError(f"{where}: {problem}") from None
@@ -283,7 +284,7 @@ def study(found: Study) -> None:
             raise ValueError(f"{where} changes nothing of {one.of}: give a setting with another value")
         for name, _ in one.settings:
             _refuse_meaningless(name, entry, where)
-        refuse(entry, found.race, found.model, dict(one.settings), where)
+        refuse(entry, replace(found.race, other_batches=()), found.model, dict(one.settings), where)
         _refuse_twice(f"{where}: lr_factors", one.lr_factors)
         for value in one.lr_factors:
             if not 0 < value < math.inf:
