@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 Value = str | int | float | bool | tuple[str, ...]
@@ -39,7 +40,7 @@ class RunSpec:
         """Predictions that the run learns from."""
         return self.steps * self.tokens_per_step
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Twelve hexadecimal digits that name this run: the same wants never run twice."""
         content = [self.settings, self.tokens_per_step, self.steps, self.seed, self.optimizer, self.kind]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from sophia.study.runs import FinishedRun, RunSpec, Settings
 from sophia.study.search import Found
@@ -86,7 +87,7 @@ class Slot:
         """The best settings of a finished search."""
         return None if self.found is None else self.found.best
 
-    @property
+    @cached_property
     def trials(self) -> tuple[Trial, ...]:
         """The runs of the search, those among them that are wanted now."""
         trials = []
@@ -97,7 +98,7 @@ class Slot:
             trials.append(Trial(spec=spec, loss=loss, finished=run is not None, why=one.why))
         return tuple(trials)
 
-    @property
+    @cached_property
     def finals(self) -> tuple[RunSpec, ...]:
         """The runs that count, at the best settings."""
         return () if self.best is None else tuple(self.place.spec(self.best, seed) for seed in self.seeds)
