@@ -17,7 +17,7 @@ import sophia  # noqa: E402
 
 package = pathlib.Path(sophia.__file__).parent
 assert "site-packages" in package.parts, f"sophia comes from {package}, not from the wheel"
-for name in ("py.typed", "reference.json"):
+for name in ("py.typed", "reference.json", "study/default.toml"):
     assert (package / name).exists(), f"the wheel lacks {name}"
 assert importlib.metadata.version("sophia-lm") == sophia.__version__
 
