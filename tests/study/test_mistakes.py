@@ -1,12 +1,14 @@
 """Each classic mistake of optimizer comparisons, planted, and the judge refuses or flags it (docs/protocol.md)."""
 
 import dataclasses
+import itertools
 import math
 import subprocess
 from dataclasses import replace
 
 import pytest
 
+from sophia.data.shards import Dataset
 from sophia.guards import Signals
 from sophia.study import lock, read, results
 from sophia.study.one_run import run
@@ -336,8 +338,12 @@ def real(tmp_path_factory):
     data = write_data(folder / "data")
     study = tiny.study(data, baseline_budgets=(1.0,), seeds=(1,))
 
-    def make(spec, study=study, data=data):
-        return run(study, spec, data=data, folder=folder / "run", signals=Signals())
+    fingerprint = Dataset.open(data).fingerprint
+    folders = (folder / f"run-{number}" for number in itertools.count())
+
+    def make(spec, study=study):
+        where = next(folders)
+        return run(study, spec, data=data, fingerprint=fingerprint, folder=where, signals=Signals())
 
     finished = simulate(
         study, lambda spec: math.log(float(str(dict(spec.settings)["lr"])) / tiny.LR[spec.optimizer]) ** 2
