@@ -6,8 +6,9 @@ import random
 import pytest
 
 from sophia.study.beyond import beyond
+from sophia.study.candidates import rate, rate_of
 from sophia.study.runs import settings
-from sophia.study.search import rate, rate_of, retune, scan, search
+from sophia.study.search import retune, scan, search
 
 OTHERS = settings(beta2=0.95, weight_decay=0.1)
 

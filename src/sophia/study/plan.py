@@ -3,14 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
-from sophia.study import check
+from sophia.study.layout import ablation_slot, best_batch_slots, entry_slots
 from sophia.study.runs import FinishedRun, RunSpec, Settings
-from sophia.study.search import Found, changed, rate, rate_of, retune, scan, search
-from sophia.study.settings import Ablation, Entry, Study
-from sophia.study.slot import Place, Slot
+from sophia.study.settings import Ablation, Study
+from sophia.study.slot import Slot
 from sophia.study.slot import Trial as Trial
 
 Role = Literal["search", "final", "ablation", "other"]
@@ -77,11 +75,12 @@ def plan(study: Study, finished: Mapping[str, FinishedRun]) -> Plan:
     race = study.race
     baseline = study.entry(race.baseline)
     ranks = {one.name: number for number, one in enumerate(study.optimizers)}
-    first = _entry_slots(study, baseline, finished)
-    others = [slot for one in study.optimizers if one is not baseline for slot in _entry_slots(study, one, finished)]
-    extra = _best_batch_slots(study, first, finished)
+    first = entry_slots(study, baseline, finished)
+    others = [slot for one in study.optimizers if one is not baseline for slot in entry_slots(study, one, finished)]
+    batch = best_batch(study, _cells(first), finished, race.baseline)
+    extra = best_batch_slots(study, first, batch, finished)
     slots = [*first, *extra, *others]
-    ablations = [_ablation_slot(study, one, slots, finished) for one in study.ablations]
+    ablations = [ablation_slot(study, one, slots, finished) for one in study.ablations]
 
     urgent: list[tuple[tuple[int, ...], RunSpec]] = []
     for slot in first:
@@ -102,7 +101,7 @@ def plan(study: Study, finished: Mapping[str, FinishedRun]) -> Plan:
     # Entry and ablation, or two ablations, may want the same run.
     wanted = {spec.id: spec for _, spec in sorted(urgent, key=lambda one: one[0])}
     return Plan(
-        cells=tuple(_cell(slot) for slot in slots if slot.found is not None),
+        cells=_cells(slots),
         ablations=tuple(_ablation_cell(one, slot) for one, slot in zip(study.ablations, ablations, strict=True)),
         wanted=tuple(wanted.values()),
         steps_left=sum(slot.runs_left * slot.place.steps for slot in (*slots, *ablations)),
@@ -156,123 +155,20 @@ def best_batch(study: Study, cells: Sequence[Cell], finished: Mapping[str, Finis
     return min(means, key=lambda batch: means[batch])
 
 
-def _entry_slots(study: Study, entry: Entry, finished: Mapping[str, FinishedRun]) -> list[Slot]:
-    """All places where an entry runs whatever is found: T first, then other budgets, then other batches."""
-    race = study.race
-    main = _main_slot(study, entry, finished)
-    paired = entry.name in (race.baseline, race.headline)
-    if not paired:
-        return [main]
-    budgets = race.baseline_budgets if entry.name == race.baseline else race.headline_budgets
-    slots = [main]
-    slots += [
-        _retuned_slot(study, entry, budget, race.tokens_per_step, main, finished) for budget in budgets if budget != 1.0
-    ]
-    return slots + [_retuned_slot(study, entry, 1.0, batch, main, finished) for batch in race.other_batches]
-
-
-def _best_batch_slots(study: Study, first: Sequence[Slot], finished: Mapping[str, FinishedRun]) -> list[Slot]:
-    """The baseline's other budgets at its best batch, where that is not everybody's."""
-    race = study.race
-    batch = best_batch(study, [_cell(slot) for slot in first if slot.found is not None], finished, race.baseline)
-    if batch is None or batch == race.tokens_per_step:
-        return []
-    entry = study.entry(race.baseline)
-    (centre,) = [slot for slot in first if slot.place.tokens_per_step == batch]
-    others = [budget for budget in race.baseline_budgets if budget != 1.0]
-    return [_retuned_slot(study, entry, budget, batch, centre, finished) for budget in others]
-
-
-def _main_slot(study: Study, entry: Entry, finished: Mapping[str, FinishedRun]) -> Slot:
-    race = study.race
-    place = _place(study, entry, 1.0, race.tokens_per_step, finished)
-
-    def allowed(wanted: Settings) -> bool:
-        try:
-            check.refuse(entry, race, study.model, dict(wanted), "search")
-        except ValueError:
-            return False
-        return True
-
-    found = search(
-        lr=entry.lr,
-        others=entry.settings,
-        options=entry.search,
-        trials=race.trials,
-        factor=race.factor,
-        loss_of=place.loss,
-        allowed=allowed,
-    )
-    return Slot(place=place, seeds=_seeds(study, entry, 1.0), found=found, expected=race.trials, main=True)
-
-
-def _retuned_slot(
-    study: Study, entry: Entry, budget: float, batch: int, centre: Slot, finished: Mapping[str, FinishedRun]
-) -> Slot:
-    """A place where only the learning rate is searched anew, around the best of another place."""
-    race = study.race
-    place = _place(study, entry, budget, batch, finished)
-    found: Found | None = None
-    if centre.best is not None:
-        ratio = batch / centre.place.tokens_per_step
-        # The noise of a gradient falls with the root of the batch, and rates of such optimizers rise with it.
-        lr = rate(rate_of(centre.best), ratio, Fraction(1, 2))
-        around = changed(centre.best, lr=lr)
-        found = retune(settings=around, rates=race.retrials, factor=race.factor, loss_of=place.loss)
-    return Slot(
-        place=place,
-        seeds=_seeds(study, entry, budget),
-        found=found,
-        expected=race.retrials,
-        lost=centre.searched and centre.best is None,
-    )
-
-
-def _ablation_slot(
-    study: Study, ablation: Ablation, slots: Sequence[Slot], finished: Mapping[str, FinishedRun]
-) -> Slot:
-    entry = study.entry(ablation.of)
-    place = _place(study, entry, 1.0, study.race.tokens_per_step, finished)
-    (main,) = [slot for slot in slots if slot.main and slot.place.name == entry.name]
-    found: Found | None = None
-    if main.best is not None:
-        wanted = changed(main.best, **dict(ablation.settings))
-        if ablation.lr_factors:
-            found = scan(settings=wanted, factors=ablation.lr_factors, loss_of=place.loss)
-        else:
-            found = Found(candidates=(), done=True, best=wanted, edges=())
-    lost = main.searched and main.best is None
-    return Slot(place=place, seeds=study.race.seeds, found=found, expected=len(ablation.lr_factors), lost=lost)
-
-
-def _place(study: Study, entry: Entry, budget: float, batch: int, finished: Mapping[str, FinishedRun]) -> Place:
-    race = study.race
-    return Place(
-        name=entry.name,
-        kind=entry.kind,
-        steps=race.steps(budget, batch),
-        tokens_per_step=batch,
-        search_seed=race.search_seed,
-        finished=finished,
-    )
-
-
-def _seeds(study: Study, entry: Entry, budget: float) -> tuple[int, ...]:
-    race = study.race
-    paired = entry.name == race.headline or (entry.name == race.baseline and budget <= 1.0)
-    return race.paired_seeds if paired else race.seeds
-
-
-def _cell(slot: Slot) -> Cell:
-    assert slot.found is not None
-    return Cell(
-        optimizer=slot.place.name,
-        steps=slot.place.steps,
-        tokens_per_step=slot.place.tokens_per_step,
-        trials=slot.trials,
-        best=slot.best,
-        edges=slot.found.edges,
-        finals=slot.finals,
+def _cells(slots: Sequence[Slot]) -> tuple[Cell, ...]:
+    """Of those that have begun, or could."""
+    return tuple(
+        Cell(
+            optimizer=slot.place.name,
+            steps=slot.place.steps,
+            tokens_per_step=slot.place.tokens_per_step,
+            trials=slot.trials,
+            best=slot.best,
+            edges=slot.found.edges,
+            finals=slot.finals,
+        )
+        for slot in slots
+        if slot.found is not None
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sophia.config import MachineSettings, ModelSettings, OptimizerSettings, build, converted, nearest, to_mapping
-from sophia.study import check
+from sophia.study import check, check_race
 from sophia.study.runs import Settings, Value, settings
 from sophia.study.settings import Ablation, DataSettings, Entry, RaceSettings, Study
 
@@ -89,8 +89,8 @@ def from_mapping(content: Mapping[str, Any], *, origin: str, folder: Path) -> St
             raise ValueError(f"{origin}: {name} is no list of tables: write {heading} above the keys of each")
     file = _beside(build(_File, content, origin=origin), folder)
     try:
-        check.race(file.race, file.model)
-        check.data(file.data)
+        check_race.race(file.race, file.model)
+        check_race.data(file.data)
         entries = tuple(_entry(row, number, file) for number, row in enumerate(file.optimizer, start=1))
         check.entries(entries, file.race)
         study = Study(

@@ -9,44 +9,15 @@ refine it. Exponents, not numbers, say what has been tried: a rate that is reach
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from decimal import Context, Decimal
 from fractions import Fraction
 
 from sophia.study.beyond import beyond, is_end, is_number
-from sophia.study.runs import Settings, Value, settings
+from sophia.study.candidates import Candidate, Found, best_of, changed, conclude, rate, rate_of
+from sophia.study.runs import Settings, Value
 
-_DIGITS = 3
 # The finest step between two learning rates, in powers of the factor: finer ones would be the same three digits.
 _FINEST = Fraction(1, 16)
 _EXTENSIONS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Settings that were tried, or are to be."""
-
-    settings: Settings
-    """The learning rate among them."""
-    why: str
-    """The rule that asked for them: "grid", "edge", the name of a setting, or "refine"."""
-    loss: float | None
-    """Infinite: diverged. None: not known yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """How far a search is."""
-
-    candidates: tuple[Candidate, ...]
-    """In the order in which the rule asks for them; those without a loss are wanted now."""
-    done: bool
-    """Whether the rule asks for nothing more."""
-    best: Settings | None
-    """Of the lowest loss, the earliest of equals; None until the search is done, or where all diverged."""
-    edges: tuple[str, ...]
-    """What the search could not settle, as sentences; empty until it is done."""
-
 
 Lookup = Callable[[Settings], float | None]
 """Settings -> loss: infinite where the run diverged, None where there is none yet."""
@@ -110,32 +81,7 @@ def scan(*, settings: Settings, factors: Sequence[float], loss_of: Lookup) -> Fo
     """The learning rate of ``settings`` times each factor, and nothing beyond."""
     asked = dict.fromkeys(changed(settings, lr=rate(rate_of(settings), factor)) for factor in factors)
     candidates = tuple(Candidate(settings=one, why="grid", loss=loss_of(one)) for one in asked)
-    return _found(candidates, done=all(one.loss is not None for one in candidates))
-
-
-def rate_of(known: Settings) -> float:
-    """The learning rate of settings."""
-    lr = dict(known)["lr"]
-    assert isinstance(lr, float)
-    return lr
-
-
-def rate(lr: float, factor: float, exponent: Fraction = Fraction(1)) -> float:
-    """``lr`` times a power of the factor, in three digits.
-
-    Decimal arithmetic gives the same digits on every machine, so that the ids of runs do not depend on it.
-    """
-    if exponent == 0 or factor == 1.0:
-        return lr
-    context = Context(prec=28)
-    power = context.power(Decimal(repr(factor)), context.divide(Decimal(exponent.numerator), exponent.denominator))
-    exact = context.multiply(Decimal(repr(lr)), power)
-    return float(Context(prec=_DIGITS).plus(exact))
-
-
-def changed(known: Settings, **values: Value) -> Settings:
-    """Settings with some of them replaced or added."""
-    return settings(**{**dict(known), **values})
+    return conclude(candidates, done=all(one.loss is not None for one in candidates))
 
 
 class _Waiting(Exception):
@@ -231,7 +177,7 @@ class _Walk:
 
     def found(self, *, done: bool) -> Found:
         """The state of the search."""
-        return _found(tuple(self._made.values()), done=done, more=self._open)
+        return conclude(tuple(self._made.values()), done=done, more=self._open)
 
     def _ask(self, points: Sequence[tuple[Fraction, Settings]], why: str) -> None:
         for exponent, others in points:
@@ -246,7 +192,7 @@ class _Walk:
         return changed(others, lr=rate(self._lr, self._factor, exponent))
 
     def _best(self) -> Candidate | None:
-        return _best(self._made.values())
+        return best_of(self._made.values())
 
     def _line(self, name: str, through: Settings) -> list[Settings]:
         """What was tried that differs from these settings in one of them at most."""
@@ -267,35 +213,9 @@ def _grid(count: int) -> list[Fraction]:
     return sorted((Fraction(one) for one in range(-(count // 2), (count - 1) // 2 + 1)), key=abs)
 
 
-def _best(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The lowest loss, the earliest of equals; None where all diverged."""
-    known = [(one.loss, number, one) for number, one in enumerate(candidates) if one.loss is not None]
-    loss, _, best = min(known, key=lambda one: one[:2])
-    return best if math.isfinite(loss) else None
-
-
 def _others(known: Settings) -> Settings:
     return _without(known, "lr")
 
 
 def _without(known: Settings, name: str) -> Settings:
     return tuple(pair for pair in known if pair[0] != name)
-
-
-def _found(candidates: tuple[Candidate, ...], *, done: bool, more: Sequence[str] = ()) -> Found:
-    if not done:
-        return Found(candidates=candidates, done=False, best=None, edges=())
-    best = _best(candidates)
-    if best is None:
-        return Found(candidates=candidates, done=True, best=None, edges=("every run of the search diverged",))
-    return Found(candidates=candidates, done=True, best=best.settings, edges=(*_rate_edge(best, candidates), *more))
-
-
-def _rate_edge(best: Candidate, tried: Sequence[Candidate]) -> tuple[str, ...]:
-    """Whether a higher and a lower rate was tried, with whatever other settings."""
-    lr, rates = rate_of(best.settings), [rate_of(one.settings) for one in tried]
-    if min(rates) < lr < max(rates):
-        return ()
-    if min(rates) == max(rates):
-        return (f"lr {lr:g} is the only one tried",)
-    return (f"lr {lr:g} is the {'lowest' if lr == min(rates) else 'highest'} tried",)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from sophia.study.candidates import Found
 from sophia.study.runs import FinishedRun, RunSpec, Settings
-from sophia.study.search import Found
 
 
 @dataclass(frozen=True, kw_only=True)
