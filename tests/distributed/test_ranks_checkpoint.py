@@ -20,6 +20,9 @@ from sophia import SophiaG
 from tests.distributed import engines
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+# Counts of estimates are state as well, and γ is a setting that changes.
+FIXED = {"gamma": 0.2}
+AUTO = {"gamma": "auto", "clip_target": 0.6, "bias_correction": True}
 STOP, END = 4, 8  # refreshes are due at 0, 3 and 6: the checkpoint lies between two
 
 
@@ -48,9 +51,9 @@ def settings_of(optimizer):
     return [{**group, "betas": tuple(group["betas"])} for group in kept]  # torch's broadcast makes lists of tuples
 
 
-def save(engine, folder, dtype, flatten):
+def save(engine, folder, dtype, flatten, chosen=FIXED):
     model, params = build(engine, dtype)
-    optimizer = SophiaG(params, lr=1e-2, gamma=0.2, curvature_interval=3, seed=5)
+    optimizer = SophiaG(params, lr=1e-2, curvature_interval=3, seed=5, **chosen)
     advance(model, optimizer, 0, STOP)
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     state = {
@@ -61,10 +64,12 @@ def save(engine, folder, dtype, flatten):
     return engines.snapshot(model, optimizer), settings_of(optimizer)
 
 
-def resume(engine, folder, dtype, flatten):
+def resume(engine, folder, dtype, flatten, chosen=FIXED):
     """On other initial weights and settings: what was loaded, and the end of the run."""
     model, params = build(engine, dtype, seed=1)
-    optimizer = SophiaG(params, lr=3e-4, curvature_interval=10, seed=6)
+    # A distributed checkpoint gives what is asked for: the count is, where estimates are counted.
+    counted = {"bias_correction": True} if "bias_correction" in chosen else {}
+    optimizer = SophiaG(params, lr=3e-4, curvature_interval=10, seed=6, **counted)
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     state = {
         "model": get_model_state_dict(model, options=options),
@@ -89,9 +94,9 @@ def check_kinds(model, optimizer):
             assert state.dtype == torch.promote_types(p.dtype, torch.float32)
 
 
-def uninterrupted(engine, dtype):
+def uninterrupted(engine, dtype, chosen=FIXED):
     model, params = build(engine, dtype)
-    optimizer = SophiaG(params, lr=1e-2, gamma=0.2, curvature_interval=3, seed=5)
+    optimizer = SophiaG(params, lr=1e-2, curvature_interval=3, seed=5, **chosen)
     advance(model, optimizer, 0, END)
     return engines.snapshot(model, optimizer), settings_of(optimizer)
 
@@ -113,6 +118,24 @@ def test_reloads_on_another_number_of_ranks(ranks, tmp_path, saver, savers, load
         assert loaded_groups == saved_groups
         engines.assert_same(final, expected, **CLOSE)
         assert final_groups == expected_groups
+
+
+@pytest.mark.parametrize(("saver", "savers", "loader", "loaders"), [("fsdp", 2, "ddp", 4), ("ddp", 2, "fsdp", 2)])
+def test_counts_of_estimates_and_gamma_go_along(ranks, tmp_path, saver, savers, loader, loaders):
+    """The spare parameter, which no estimate has reached, has counted none."""
+    settings = (str(tmp_path), torch.float64, False, AUTO)
+    saved, saved_groups = ranks.run(save, saver, *settings, world=savers)[0]
+    assert {name: value.item() for name, value in saved.items() if name.endswith(".refreshes")} == {
+        f"{name}.refreshes": 0 if name == "spare" else 2 for name in engines.parameters(build("none", torch.float64)[0])
+    }
+    assert saved_groups[0]["gamma"] != 0.05
+    expected, expected_groups = uninterrupted("none", torch.float64, AUTO)
+    for (loaded, loaded_groups), (final, final_groups) in ranks.run(resume, loader, *settings, world=loaders):
+        engines.assert_same(loaded, saved)
+        assert loaded_groups == saved_groups
+        engines.assert_same(final, expected, **CLOSE)
+        assert [g.pop("gamma") for g in final_groups] == pytest.approx([g["gamma"] for g in expected_groups], rel=1e-9)
+        assert final_groups == [{k: v for k, v in g.items() if k != "gamma"} for g in expected_groups]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

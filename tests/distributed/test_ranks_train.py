@@ -23,6 +23,12 @@ RUNS = {
     "signs": {"optimizer": "sophia-g", "curvature_rows": 7, "curvature_chunks": 4, "curvature_noise": "signs"},
     # Two, two and one on one rank; two and one, two and none on two; two, one, one and one on four.
     "hutchinson": {"optimizer": "sophia-h", "curvature_rows": 5},
+    # Everything that a study of Sophia changes.
+    "auto": {
+        "optimizer": "sophia-g",
+        **{"curvature_rows": 3, "curvature_chunks": 2, "curvature_interval": 2, "refresh_when": "after"},
+        **{"gamma": "auto", "clip_target": 0.6, "bias_correction": True, "eps": 1e-9},
+    },
     "adamw": {"optimizer": "adamw"},
     "lion": {"optimizer": "lion"},
     "muon": {"optimizer": "muon"},
@@ -30,6 +36,7 @@ RUNS = {
 CASES = [
     *((run, engine) for run in ("labels", "hutchinson") for engine in ENGINES),
     *(("signs", engine) for engine in ("ddp 4", "fsdp 2")),
+    *(("auto", engine) for engine in ("ddp 2", "fsdp 4", "hsdp 4")),
     *(("adamw", engine) for engine in ("ddp 4", "fsdp 2", "hsdp 4")),
     *(("lion", engine) for engine in ("ddp 2", "fsdp 4")),
     ("muon", "ddp 2"),

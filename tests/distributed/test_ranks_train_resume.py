@@ -18,6 +18,7 @@ MOVES = [
     ("labels", "hsdp 4", "fsdp 2"),
     ("labels", "alone", "hsdp 4"),
     ("hutchinson", "fsdp 2", "ddp 4"),
+    ("auto", "fsdp 2", "ddp 4"),
     ("adamw", "fsdp 2", "alone"),
     ("muon", "alone", "ddp 2"),
 ]
@@ -45,7 +46,8 @@ def test_from_one_number_of_ranks_to_another(trained, ranks, tmp_path, run, orig
 
 
 @pytest.mark.parametrize(
-    ("run", "engine"), [("labels", "ddp 2"), ("labels", "fsdp 2"), ("hutchinson", "ddp 2"), ("adamw", "hsdp 4")]
+    ("run", "engine"),
+    [("labels", "ddp 2"), ("labels", "fsdp 2"), ("hutchinson", "ddp 2"), ("auto", "fsdp 2"), ("adamw", "hsdp 4")],
 )
 def test_bit_for_bit_where_nothing_has_changed(trained, ranks, tmp_path, run, engine):
     undisturbed, notes = go_on(trained, ranks, tmp_path / "run", run, engine, engine)
