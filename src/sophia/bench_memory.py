@@ -202,7 +202,7 @@ def _train(config: GPTConfig, case: Case, device: torch.device) -> None:
         rows, chunks = case.curvature
         recipe |= {"curvature_rows": rows, "curvature_interval": _CURVATURE_INTERVAL}
         recipe |= {"curvature_chunks": chunks} if case.optimizer == "sophia-g" else {}
-    optimizers = Optimizers(OptimizerSettings(optimizer=case.optimizer, **recipe), model, seed=0)  # type: ignore[arg-type]
+    optimizers = Optimizers(OptimizerSettings(optimizer=case.optimizer, **recipe), model, seed=0)
     stepper = Stepper(
         model=model,
         optimizers=optimizers,

@@ -9,6 +9,7 @@ import torch
 from sophia import SophiaG, SophiaH
 from sophia.config import OptimizerSettings
 from sophia.curvature import GaussNewtonBartlett, Hutchinson
+from sophia.foreign import build_foreign
 from sophia.optim.lion import Lion
 from sophia.optim.signum import Signum
 from sophia.optim.soap import LARGEST, SOAP
@@ -30,9 +31,12 @@ def build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> Par
         seed: Of curvature noise.
 
     Raises:
-        ValueError: A setting does not fit the parameters.
+        ValueError: A setting does not fit the parameters, or an import path names no optimizer that can be used.
     """
-    return BUILDERS[settings.optimizer](settings, parameter_groups(settings, named), seed)
+    groups = parameter_groups(settings, named)
+    if settings.is_foreign:
+        return [build_foreign(settings, groups)]
+    return BUILDERS[settings.optimizer](settings, groups, seed)
 
 
 def _adamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
@@ -41,7 +45,7 @@ def _adamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 def _nadamw(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
     """Nesterov's momentum in AdamW, held as most of the field holds it; torch's schedule of it is not the paper's."""
-    held = {"decoupled_weight_decay": True, "momentum_decay": _HELD}
+    held: dict[str, Any] = {"decoupled_weight_decay": True, "momentum_decay": _HELD}
     return [torch.optim.NAdam(groups, lr=_lr(settings), betas=_betas(settings), **held)]
 
 

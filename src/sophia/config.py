@@ -24,6 +24,8 @@ else:
 
 OptimizerName = Literal["sophia-g", "sophia-h", "adamw", "nadamw", "lion", "signum", "muon", "soap"]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
+# What stands for all optimizers that are given by an import path.
+FOREIGN = "package.module:Class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,10 @@ class OptimizerSettings:
 
     optimizer: str = "sophia-g"
     """Which rule updates the weights: sophia-g, sophia-h, adamw, nadamw, lion, signum, muon (for matrices inside
-    blocks; AdamW takes the rest) or soap."""
+    blocks; AdamW takes the rest) or soap; or package.module:Class, any torch.optim.Optimizer, with --lr."""
+    recipe: Literal["preset", "paper"] = "preset"
+    """Where settings come from that are left open: the preset, which may have found better ones for its size; or the
+    Sophia paper, for sophia-g, sophia-h, adamw and lion, with the preset's learning rate."""
     lr: float | None = None
     """Peak learning rate."""
     beta1: float | None = None
@@ -77,6 +82,11 @@ class OptimizerSettings:
     """Exceptions, as PATTERN=FACTOR on the learning rate, for example 'tokens.*=0.5'; first match wins."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer; 0 leaves it as it is."""
+    arguments: tuple[str, ...] = ()
+    """Of package.module:Class: keywords of its constructor that have no setting here, as KEY=VALUE with Python
+    literals, for example rank=4."""
+    hook: str = ""
+    """package.module:function, called with a sophia.foreign.HookContext before the gradients of every update."""
     basis_interval: int = 10
     """SOAP: steps from one eigenbasis to the next."""
     gamma: float | Literal["auto"] | None = None
@@ -106,8 +116,14 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse a name that is none."""
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer not in OPTIMIZERS and not self.is_foreign:
+            names = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer is {self.optimizer!r}; it must be one of {names}, or {FOREIGN}")
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the optimizer is given by an import path."""
+        return ":" in self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
-from sophia.config import OPTIMIZERS, OptimizerSettings
+from sophia.config import FOREIGN, OPTIMIZERS, OptimizerSettings
 
 _SOPHIA = ("sophia-g", "sophia-h")
 # Settings that not all optimizers have. Of those that have one the first is named in errors.
 _ONLY: Mapping[str, tuple[str, ...]] = {
-    "beta2": tuple(name for name in OPTIMIZERS if name != "signum"),
+    "beta2": (*(name for name in OPTIMIZERS if name != "signum"), FOREIGN),
+    "arguments": (FOREIGN,),
     "basis_interval": ("soap",),
     "gamma": _SOPHIA,
     "clip_target": _SOPHIA,
@@ -34,9 +35,8 @@ def check_meaning(chosen: OptimizerSettings) -> None:
             "curvature_chunks has no meaning for sophia-h, whose noise belongs to parameters: leave it out"
         )
     for one in dataclasses.fields(chosen):
-        others = _ONLY.get(one.name, (chosen.optimizer,))
-        if chosen.optimizer not in others and getattr(chosen, one.name) != one.default:
-            raise ValueError(f"{one.name} has no meaning for {chosen.optimizer}: leave it out, or choose {others[0]}")
+        if getattr(chosen, one.name) != one.default:
+            check_name(one.name, chosen.optimizer)
 
 
 def check_name(name: str, optimizer: str) -> None:
@@ -45,6 +45,7 @@ def check_name(name: str, optimizer: str) -> None:
     Raises:
         ValueError: This optimizer does not have it.
     """
-    others = _ONLY.get(name, (optimizer,))
-    if optimizer not in others:
+    kind = FOREIGN if ":" in optimizer else optimizer
+    others = _ONLY.get(name, (kind,))
+    if kind not in others:
         raise ValueError(f"{name} has no meaning for {optimizer}: leave it out, or choose {others[0]}")

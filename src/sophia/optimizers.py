@@ -12,6 +12,7 @@ from sophia import SophiaH
 from sophia.build_optimizers import build
 from sophia.config import OptimizerSettings
 from sophia.curvature import deferred_logits
+from sophia.foreign import Hook, load_hook, step_foreign
 from sophia.loss import CrossEntropy
 from sophia.optim.lion import Lion
 from sophia.optim.signum import Signum
@@ -47,7 +48,10 @@ class Optimizers:
         self.settings = settings
         self.parts = build(settings, [(name, p) for name, p in model.named_parameters() if p.requires_grad], seed)
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
-        self._read_skips = any(map(_reads_skips, self.parts))
+        self._read_skips = settings.is_foreign or any(map(_reads_skips, self.parts))
+        # One that comes by an import path gets its curvature from a hook.
+        self._sophias = [] if settings.is_foreign else [part for part in self.parts if isinstance(part, Sophia)]
+        self.hook: Hook | None = load_hook(settings.hook) if settings.hook else None
 
     def set_lr(self, factor: float) -> float:
         """Set every learning rate to ``factor`` times its peak; returns the one that `lr_by_name` leaves as it is."""
@@ -66,15 +70,17 @@ class Optimizers:
 
         Args:
             skip: 1.0 leaves out the update as if this call had not been, 0.0 does not; 0-D, fp32, where the parameters
-                are. A GPU decides by it without being waited for, except for an optimizer of torch's that cannot do
-                that: Muon, and AdamW where it is not fused.
+                are. A GPU decides by it without being waited for, except for an optimizer that cannot do that: Muon,
+                NAdamW, SOAP, one of an import path, and AdamW where it is not fused.
         """
         if skip is not None and self._read_skips:
             if self._leaves_out(skip):
                 return
             skip = None
         for part in self.parts:
-            if skip is None:
+            if self.settings.is_foreign:
+                step_foreign(part, self.settings.optimizer)
+            elif skip is None:
                 part.step()
             else:
                 _step_unless(part, skip)
@@ -85,18 +91,16 @@ class Optimizers:
     @property
     def curvature_due(self) -> bool:
         """Whether the next step wants a curvature estimate first."""
-        return any(part.curvature_due for part in self.parts if isinstance(part, Sophia))
+        return any(part.curvature_due for part in self._sophias)
 
     @property
     def refreshes(self) -> int | None:
         """Curvature estimates folded in since the run began, resumes included; None where the optimizer has none."""
-        counts = [part.refreshes for part in self.parts if isinstance(part, Sophia)]
-        return max(counts, default=None)
+        return max((part.refreshes for part in self._sophias), default=None)
 
     def refresh(self, model: nn.Module, batch: CurvatureBatch) -> None:
         """Estimate the curvature from this batch; all ranks call it together."""
-        (sophia,) = self.parts
-        assert isinstance(sophia, Sophia)
+        (sophia,) = self._sophias
         forwards: list[Callable[[], Any]] = []
         rows: list[int] = []
         for number in range(batch.passes):

@@ -27,6 +27,17 @@ CURVATURE_INTERVAL = 10
 CURVATURE_CHUNKS = 4
 _CURVATURE_SHARE = 16
 
+# What the paper has for all of its sizes.
+_PAPER: Mapping[str, Mapping[str, float]] = {
+    # [paper]; the code has beta1 0.965
+    "sophia-g": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "gamma": 0.05},
+    "sophia-h": {"beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "gamma": 0.01},
+    # [code], [paper]
+    "adamw": {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+    # betas [paper]; decay [recalled]
+    "lion": {"beta1": 0.95, "beta2": 0.98, "weight_decay": 0.2},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -82,6 +93,29 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def paper_recipe(optimizer: str, rows: int) -> Mapping[str, float]:
+    """What the paper trains its models with, whatever a preset has found for its size; but for the learning rate.
+
+    Sophia-G estimates from half of the batch in one part (240 of 480 sequences), Sophia-H from a fifteenth (32).
+
+    Args:
+        optimizer: "sophia-g", "sophia-h", "adamw" or "lion".
+        rows: Sequences in a step.
+
+    Raises:
+        ValueError: The paper has no settings for this one.
+    """
+    if optimizer not in _PAPER:
+        raise ValueError(
+            f"recipe is paper, which has no settings for {optimizer}: leave it out; it has some for {', '.join(_PAPER)}"
+        )
+    curvature = {
+        "sophia-g": {"eps": 1e-12, "curvature_rows": max(1, rows // 2), "curvature_chunks": 1},
+        "sophia-h": {"eps": 1e-12, "curvature_rows": max(1, rows * 32 // 480)},
+    }
+    return {**_PAPER[optimizer], **curvature.get(optimizer, {})}
+
+
 def default_curvature(rows: int) -> tuple[int, int]:
     """Sequences of a step's so many that curvature is estimated from, and the chunks that they are dealt to."""
     chosen = max(min(rows, CURVATURE_CHUNKS), rows // _CURVATURE_SHARE)
@@ -93,21 +127,18 @@ def _recipes(
 ) -> Mapping[str, Mapping[str, float]]:
     """The paper's recipes for the given peak learning rates: what does not change with the size stands here."""
     recipes: dict[str, dict[str, float]] = {
-        # [code], [paper]
-        "adamw": {"lr": adamw, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+        "adamw": {"lr": adamw, **_PAPER["adamw"]},
         # [ours]: AdamW's learning rate and decay. SOAP's betas are its authors' (arXiv 2409.11321).
         "nadamw": {"lr": adamw, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
         "soap": {"lr": adamw, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
         # [ours]: Lion's, which moves by the same amount; momentum as Sophia's.
         "signum": {"lr": lion, "beta1": 0.96, "weight_decay": 0.2},
-        # betas [paper]; decay [recalled]
-        "lion": {"lr": lion, "beta1": 0.95, "beta2": 0.98, "weight_decay": 0.2},
+        "lion": {"lr": lion, **_PAPER["lion"]},
         # [ours]: AdamW's learning rate and decay. An update of AdamW's root mean square allows that, according to
         # "Muon is Scalable for LLM Training" (arXiv 2502.16982, section 2.2). Momentum 0.95: the same source.
         "muon": {"lr": muon, "beta1": 0.95, "beta2": 0.95, "weight_decay": 0.1},
-        # [paper]; the code has beta1 0.965
-        "sophia-g": {"lr": sophia_g, "beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "gamma": 0.05},
-        "sophia-h": {"lr": sophia_h, "beta1": 0.96, "beta2": 0.99, "weight_decay": 0.2, "gamma": 0.01},
+        "sophia-g": {"lr": sophia_g, **_PAPER["sophia-g"]},
+        "sophia-h": {"lr": sophia_h, **_PAPER["sophia-h"]},
     }
     recipes["sophia-g"].update(sophia_g_settings)
     return _frozen(recipes)

@@ -16,7 +16,7 @@ from sophia.meaning import check_meaning
 from sophia.model import GPTConfig, padded_vocabulary
 from sophia.optim import SophiaG
 from sophia.optim.checks import CLIP_TARGET
-from sophia.presets import CURVATURE_CHUNKS, Preset, default_curvature, preset
+from sophia.presets import CURVATURE_CHUNKS, Preset, default_curvature, paper_recipe, preset
 from sophia.schedule import lr_factor
 from sophia.trackers import check_trackers
 
@@ -152,18 +152,18 @@ def _with_lengths(settings: TrainSettings, base: Preset) -> TrainSettings:
 def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     chosen = settings.optimizer
     fields = {one.name for one in dataclasses.fields(chosen)}
-    recipe = base.recipes.get(chosen.optimizer)
-    if recipe is None:
-        known = ", ".join(base.recipes)
-        raise ValueError(f"the preset {base.name} has no settings for {chosen.optimizer}: it has them for {known}")
+    if chosen.is_foreign and chosen.lr is None:
+        raise ValueError(f"lr is open, and no preset knows {chosen.optimizer}: give --lr")
+    recipe = {} if chosen.is_foreign else base.recipes[chosen.optimizer]
+    if chosen.recipe == "paper":
+        recipe = {**recipe, **paper_recipe(chosen.optimizer, rows_per_step(settings))}
     assert recipe.keys() <= fields
     filled: dict[str, Any] = {name: value for name, value in recipe.items() if getattr(chosen, name) is None}
     chosen = replace(chosen, **filled)
-    is_sophia = chosen.optimizer.startswith("sophia")
     check_meaning(chosen)
-    if is_sophia:
+    if chosen.optimizer in ("sophia-g", "sophia-h"):
         check_positive(chosen, "curvature_rows", "curvature_chunks")
-        chosen = _with_rule(replace(chosen, **_curvature(settings, chosen.curvature_rows)))
+        chosen = _with_rule(replace(chosen, **_curvature(rows_per_step(settings), chosen)))
     return replace(settings, optimizer=chosen)
 
 
@@ -181,15 +181,16 @@ def _with_rule(chosen: OptimizerSettings) -> OptimizerSettings:
     return chosen
 
 
-def _curvature(settings: TrainSettings, rows: int | None) -> dict[str, Any]:
-    total = rows_per_step(settings)
+def _curvature(total: int, chosen: OptimizerSettings) -> dict[str, Any]:
+    """Rows and chunks of an estimate, of so many sequences in a step."""
+    rows = chosen.curvature_rows
     if rows is None:
         rows, _ = default_curvature(total)
     if rows > total:
         raise ValueError(f"curvature_rows is {rows}, but a step has {total} sequences: choose at most that")
-    if settings.optimizer.optimizer == "sophia-h":
+    if chosen.optimizer == "sophia-h":
         return {"curvature_rows": rows}
-    chunks = settings.optimizer.curvature_chunks or min(CURVATURE_CHUNKS, rows)
+    chunks = chosen.curvature_chunks or min(CURVATURE_CHUNKS, rows)
     if chunks > rows:
         raise ValueError(f"curvature_chunks is {chunks}, more than the {rows} curvature_rows: choose at most that")
     return {"curvature_rows": rows, "curvature_chunks": chunks}

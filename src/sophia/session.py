@@ -190,7 +190,7 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _free_folder(settings: TrainSettings) -> Path:
-    base = f"{settings.model.model}-{settings.optimizer.optimizer}"
+    base = f"{settings.model.model}-{settings.optimizer.optimizer.rpartition(':')[2]}"
     number = 1
     while (path := Path("runs") / f"{base}-{number}").exists():
         number += 1
@@ -240,11 +240,8 @@ def _build(
     if settings.model.init_from is not None and resumed is None:
         _load_foreign(model, settings.model.init_from, dataset)
     sharded = here.size > 1 and settings.machine.parallel != "ddp"
-    if sharded and settings.optimizer.optimizer == "muon":
-        raise ValueError(
-            f"muon cannot run under {settings.machine.parallel}: on shards torch's Muon adds in bfloat16, in an order "
-            "that depends on the ranks; choose --parallel ddp"
-        )
+    if sharded:
+        _refuse_shards(settings)
     compiled = compiles(settings, here.device, note)
     if compiled:
         # One graph for each shape, whatever was seen before: a resumed run must not compile differently, nor leave
@@ -287,6 +284,17 @@ def _build(
     if settings.batch.micro_batch == "auto":
         stepper.micro_batch = _kept_micro_batch(session) or _largest_micro_batch(session)
     return session
+
+
+def _refuse_shards(settings: TrainSettings) -> None:
+    reasons = {
+        "muon": "on shards torch's Muon adds in bfloat16, in an order that depends on the ranks",
+        "soap": "it needs whole matrices",
+    }
+    name = settings.optimizer.optimizer
+    reason = "what it makes of shards is not known" if settings.optimizer.is_foreign else reasons.get(name)
+    if reason is not None:
+        raise ValueError(f"{name} cannot run under {settings.machine.parallel}: {reason}; choose --parallel ddp")
 
 
 def _kept_micro_batch(session: Session) -> int | None:

@@ -4,7 +4,9 @@ A checkpoint holds whole tensors, whoever wrote it: DTensors are gathered when i
 loaded, so that one number of ranks can go on where another stopped.
 """
 
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sophia.distributed import World
 from sophia.optimizers import Optimizers
+from sophia.state_tree import decoded, encoded
 
 # The head is the embedding: one matrix under two names.
 _TIED = "head.weight"
@@ -25,21 +28,27 @@ def take(
     """Copy weights, optimizer tensors and optimizer settings to the CPU.
 
     All ranks call it; the tensors are on rank 0 only, and empty dicts elsewhere.
+
+    Raises:
+        ValueError: A foreign optimizer keeps something that a checkpoint cannot hold.
     """
     weights, tensors, settings = {}, {}, []
+    whole = functools.partial(_whole, keep=here.main)
     for name, value in plain_names(model.state_dict()).items():
         if name != _TIED:
-            weights[name] = _whole(value, keep=here.main)
+            weights[name] = whole(value)
     names = _names_by_parameter(model)
     for number, part in enumerate(optimizers.parts):
-        for parameter, state in part.state.items():
-            for key, value in state.items():
-                tensors[f"{number}/{names[parameter]}/{key}"] = _whole(value, keep=here.main)
+        others = _take_state(part, f"{number}/", names, lambda place, value: tensors.update({place: whole(value)}))
+        saved_dict = part.state_dict()
+        _check_plain(part, saved_dict)
         groups = []
         # The settings from the state dict: it knows the time where a GPU may have skipped steps.
-        for group, saved in zip(part.param_groups, part.state_dict()["param_groups"], strict=True):
+        for group, saved in zip(part.param_groups, saved_dict["param_groups"], strict=True):
             kept = {key: value for key, value in saved.items() if key not in _GROUP_KEYS}
-            groups.append({"names": [names[parameter] for parameter in group["params"]], "settings": kept})
+            own = [names[parameter] for parameter in group["params"]]
+            plain = {name: others[name] for name in own if name in others}
+            groups.append({"names": own, "settings": kept, **({"state": plain} if plain else {})})
         settings.append(groups)
     if not here.main:
         return {}, {}, []
@@ -83,10 +92,10 @@ def load_optimizers(
         )
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
     for place, value in tensors.items():
-        part_number, name, key = place.split("/")
+        part_number, name, key = place.split("/", 2)
         by_parameter.setdefault((int(part_number), name), {})[key] = value
     for number, (part, groups) in enumerate(zip(optimizers.parts, settings, strict=True)):
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {}
         index = 0
         merged = []
         for group, saved in zip(part.state_dict()["param_groups"], groups, strict=True):
@@ -94,13 +103,78 @@ def load_optimizers(
                 key: tuple(value) if isinstance(value, list) else value for key, value in saved["settings"].items()
             }
             merged.append({**group, **values})
-        for group in part.param_groups:
+        for group, saved in zip(part.param_groups, groups, strict=True):
             for parameter in group["params"]:
-                found = by_parameter.get((number, names[parameter]), {})
-                if found:
-                    state[index] = {key: _placed(value, parameter) for key, value in found.items()}
+                name = names[parameter]
+                found = {key: _placed(value, parameter) for key, value in by_parameter.get((number, name), {}).items()}
+                whole = _with_others(found, saved.get("state", {}).get(name, {}), f"{number}/{name}/")
+                if whole:
+                    state[index] = whole
                 index += 1
         part.load_state_dict({"state": state, "param_groups": merged})
+        _put_back(part, state)
+
+
+def _take_state(
+    part: torch.optim.Optimizer, prefix: str, names: Mapping[Tensor, str], keep: Callable[[str, Tensor], None]
+) -> dict[str, dict[str, Any]]:
+    """Give all tensors to ``keep``; returns by parameter and key what is not a tensor, for JSON."""
+    others: dict[str, dict[str, Any]] = {}
+    for parameter, state in part.state.items():
+        if parameter not in names:
+            raise ValueError(
+                f"{type(part).__name__} keeps state under {parameter!r}, which is no parameter: a checkpoint cannot "
+                "hold it"
+            )
+        for key, value in state.items():
+            place = f"{prefix}{names[parameter]}/{key}"
+            if isinstance(value, Tensor):
+                keep(place, value)
+            else:
+                others.setdefault(names[parameter], {})[key] = encoded(value, place, keep)
+    return others
+
+
+def _check_plain(part: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse what a foreign optimizer's state dict has beside tensors and plain settings: it would be forgotten."""
+    more = sorted(set(saved) - {"state", "param_groups"})
+    if more:
+        raise ValueError(f"the state dict of {type(part).__name__} has {more[0]!r}, which a checkpoint cannot hold")
+    settings = [
+        {key: value for key, value in group.items() if key not in _GROUP_KEYS} for group in saved["param_groups"]
+    ]
+    try:
+        json.dumps(settings)
+    except TypeError as problem:
+        raise ValueError(
+            f"the param groups of {type(part).__name__} have what a checkpoint cannot hold: {problem}"
+        ) from None
+
+
+def _with_others(found: dict[str, Tensor], trees: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A parameter's state: its tensors, but for those inside of other values, and these values."""
+    used: set[str] = set()
+
+    def find(place: str) -> Tensor:
+        used.add(place.removeprefix(prefix))
+        return found[place.removeprefix(prefix)]
+
+    others = {key: decoded(tree, find) for key, tree in trees.items()}
+    return {key: value for key, value in found.items() if key not in used} | others
+
+
+def _put_back(part: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """Undo what loading did to state: torch casts it to its parameter's dtype, and makes other texts of texts.
+
+    A run must go on with the bits that it had.
+    """
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    for index, values in state.items():
+        own = part.state[parameters[index]]
+        for key, value in values.items():
+            now = own.get(key)
+            if not (isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype == value.dtype):
+                own[key] = value
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sophia.distributed import World, clip_gradients, synchronized
+from sophia.foreign import HookContext, call_hook
 from sophia.loss import CrossEntropy
 from sophia.optim.noise import stream_key
 from sophia.optimizers import CurvatureBatch, Optimizers
@@ -37,6 +38,32 @@ class Stepper:
     """Makes the context of a forward pass."""
     compiled: bool = False
     """Whether the model runs through torch.compile."""
+
+    def call_hook(self, inputs: Tensor, targets: Tensor, *, step: int, index: int) -> None:
+        """Before an update: call the settings' hook, if there is one.
+
+        Args:
+            inputs: This rank's rows, [rows, context].
+            targets: The tokens that follow.
+            step: Updates done.
+            index: The batch's number in the order of the data; what the hook draws is drawn from it.
+
+        Raises:
+            ValueError: The hook raised something.
+        """
+        hook = self.optimizers.hook
+        if hook is None:
+            return
+        torch.manual_seed(stream_key(self.seed, index, self.total_rows + self.rows[0]) % 2**63)  # no row has this one
+        context = HookContext(
+            step=step,
+            model=self.model,
+            optimizer=self.optimizers.parts[0],
+            inputs=inputs,
+            targets=targets,
+            autocast=self.autocast,
+        )
+        call_hook(hook, self.optimizers.settings.hook, context)
 
     def refresh(self, inputs: Tensor, targets: Tensor) -> None:
         """Before an update: renew the curvature from some of the batch's rows, when that is due and not left for later.

@@ -145,9 +145,13 @@ class Trainer:
         """
         stepper, progress = self.session.stepper, self.progress
 
+        # Once for each update, whatever memory does: a hook need not be a function of the step alone.
+        index = progress.step + progress.skipped
+        stepper.call_hook(inputs, targets, step=progress.step, index=index)
+
         def compute() -> Tensor:
             stepper.refresh(inputs, targets)
-            return stepper.gradients(inputs, targets, index=progress.step + progress.skipped)
+            return stepper.gradients(inputs, targets, index=index)
 
         own = run_within_memory(compute, self.session, self.note)
         loss, self._stop = self.here.exchange(own, bool(self.signals.received))

@@ -33,7 +33,7 @@ def rotate_back(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tenso
 
 def eigenvectors(statistics: Tensor) -> Tensor:
     """All eigenvectors of a symmetric matrix as columns, that of the largest eigenvalue first."""
-    _, vectors = torch.linalg.eigh(statistics)
+    vectors: Tensor = torch.linalg.eigh(statistics)[1]
     return vectors.flip(1)
 
 
