@@ -74,6 +74,20 @@ def test_runs_carry_what_the_preset_decides_and_where_a_search_begins(read):
     assert "lr" not in dict(adamw.settings)
 
 
+def test_the_recipe_is_that_which_the_entry_asks_for(read):
+    paper = read(
+        HEAD + RACE + ADAMW + '[[optimizer]]\noptimizer = "sophia-g"\nrecipe = "paper"\nlr = 1e-3\n'
+    ).optimizers[1]
+    assert {"beta1": 0.96, "gamma": 0.05}.items() <= dict(paper.settings).items()
+    # What depends on the batch stays open.
+    assert "curvature_rows" not in dict(paper.settings)
+
+
+def test_a_searched_setting_starts_from_what_the_trainer_would_take(read):
+    (_, entry) = read(HEAD + RACE + ADAMW + SOPHIA.replace("gamma = [", "curvature_rows = [8], gamma = [")).optimizers
+    assert dict(entry.settings)["curvature_rows"] == 4
+
+
 def test_whole_numbers_and_fractions_are_the_same_run(read):
     ours = [read(HEAD + RACE + ADAMW + f"weight_decay = {text}\n") for text in ("1", "1.0", "1e0")]
     assert len({plan(study, {}).wanted[0].id for study in ours}) == 1
@@ -223,7 +237,9 @@ MISTAKES = [
     (changed("gamma = [0.1, 0.5]", "gama = [1]"), ["search: unknown key gama (did you mean gamma?)"]),
     (changed("gamma = [0.1, 0.5]", "lr = [1]"), ["search: lr cannot stand here: it is searched always"]),
     (changed("lr = 8e-3", "lr = 8e-3\nsearch = {gamma = [1]}"), ["gamma has no meaning for adamw"]),
+    (changed("gamma = [0.1, 0.5]", "recipe = ['paper']"), ["optimizer sophia: search: recipe cannot stand here"]),
     # Ablations.
+    (changed('curvature_noise = "signs"', 'recipe = "paper"'), ["ablation signs: recipe cannot stand here"]),
     (changed('name = "signs"\n', ""), ["ablation number 1: no name"]),
     (changed('of = "sophia"\n', ""), ["ablation number 1: no of"]),
     (changed('of = "sophia"', 'of = "sofia"'), ["ablation signs: of is 'sofia'", "did you mean sophia?"]),

@@ -121,6 +121,13 @@ def test_a_numeric_setting_is_extended_beyond_its_list():
     assert found.edges == ()
 
 
+def test_a_numeric_setting_is_extended_below_its_list():
+    found, _ = run(bowl(0.008, gamma=0.02), options=[("gamma", (0.1, 0.5))], others=settings(gamma=0.1))
+    assert tried(found, "gamma")[3:6] == [0.5, 0.02, 0.004]
+    assert dict(found.best)["gamma"] == 0.02
+    assert found.edges == ()
+
+
 def test_a_setting_on_its_edge_without_trials_left_is_reported():
     found, _ = run(bowl(0.008, weight_decay=5.0), options=[("weight_decay", (0.1, 0.3))], trials=4)
     assert found.edges == ("weight_decay 0.3 is the highest tried: the trials were spent",)

@@ -34,9 +34,9 @@ def optimizer(name: str, where: str) -> None:
 
 
 def completed(entry: Entry, race: RaceSettings, model: ModelSettings) -> Entry:
-    """The entry with the preset's recipe written out, so that its runs carry all that the recipe decides.
+    """The entry with its recipe written out, so that its runs carry all that the recipe decides.
 
-    A searched setting without a recipe starts from its default.
+    So are settings that are searched, which start from what sophia train would take.
 
     Raises:
         ValueError: A setting has no meaning for the optimizer, or a value is out of its range.
@@ -48,14 +48,13 @@ def completed(entry: Entry, race: RaceSettings, model: ModelSettings) -> Entry:
     searched = dict(entry.search)
     for name in [*own, *searched]:
         _refuse_meaningless(name, entry, where)
+    plain = refuse(entry, race, model, {}, where)
     recipe = preset(model.model).recipes.get(entry.optimizer, {})
-    plain = OptimizerSettings()
     for name in (*recipe, *searched):
-        value = recipe.get(name, getattr(plain, name))
+        value = getattr(plain, name)
         if name != "lr" and value is not None:
             own.setdefault(name, value)
     entry = replace(entry, settings=settings(**own))
-    refuse(entry, race, model, {}, where)
     for name, values in searched.items():
         twice(f"{where}: search.{name}", values)
         if not set(values) - {own.get(name)}:
@@ -72,8 +71,13 @@ def _refuse_meaningless(name: str, entry: Entry, where: str) -> None:
         raise ValueError(f"{where}: {problem}") from None
 
 
-def refuse(entry: Entry, race: RaceSettings, model: ModelSettings, changes: dict[str, Value], where: str) -> None:
+def refuse(
+    entry: Entry, race: RaceSettings, model: ModelSettings, changes: dict[str, Value], where: str
+) -> OptimizerSettings:
     """Refuse what sophia train would refuse of an entry with some settings changed.
+
+    Returns:
+        The settings with nothing left open, at the common batch.
 
     Raises:
         ValueError: A setting has no meaning for the optimizer, or a value is out of its range.
@@ -83,11 +87,12 @@ def refuse(entry: Entry, race: RaceSettings, model: ModelSettings, changes: dict
         values["hook"] = entry.hook
     chosen = OptimizerSettings(optimizer=entry.optimizer, **values)
     paired = entry.name in (race.baseline, race.headline)
+    batches = [BatchSettings(tokens_per_step=size) for size in (race.batches if paired else (race.tokens_per_step,))]
     try:
-        for batch in race.batches if paired else (race.tokens_per_step,):
-            resolve_optimizer(TrainSettings(model=model, optimizer=chosen, batch=BatchSettings(tokens_per_step=batch)))
+        first, *_ = [resolve_optimizer(TrainSettings(model=model, optimizer=chosen, batch=one)) for one in batches]
     except ValueError as problem:
         raise ValueError(f"{where}: {problem}") from None
+    return first.optimizer
 
 
 def entries(found: Sequence[Entry], race: RaceSettings) -> None:

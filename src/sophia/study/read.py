@@ -196,6 +196,10 @@ def _settings(row: Mapping[str, Any], own: tuple[str, ...], where: str) -> Setti
 def _refuse_unknown(key: str, where: str, own: tuple[str, ...]) -> None:
     if key in _ELSEWHERE:
         raise ValueError(f"{where}: {key} cannot stand here: {_ELSEWHERE[key]}")
+    if key == "recipe" and own is not _ENTRY_KEYS:
+        raise ValueError(
+            f"{where}: recipe cannot stand here, what it decides is decided already: name settings instead"
+        )
     if key == "lr":
         instead = "write lr_factors to try others" if own else "it is searched always, from the entry's lr"
         raise ValueError(f"{where}: lr cannot stand here: {instead}")
