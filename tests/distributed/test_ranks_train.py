@@ -30,7 +30,9 @@ RUNS = {
         **{"gamma": "auto", "clip_target": 0.6, "bias_correction": True, "eps": 1e-9},
     },
     "adamw": {"optimizer": "adamw"},
+    "nadamw": {"optimizer": "nadamw"},
     "lion": {"optimizer": "lion"},
+    "signum": {"optimizer": "signum"},
     "muon": {"optimizer": "muon"},
 }
 CASES = [
@@ -39,6 +41,8 @@ CASES = [
     *(("auto", engine) for engine in ("ddp 2", "fsdp 4", "hsdp 4")),
     *(("adamw", engine) for engine in ("ddp 4", "fsdp 2", "hsdp 4")),
     *(("lion", engine) for engine in ("ddp 2", "fsdp 4")),
+    ("nadamw", "fsdp 2"),
+    ("signum", "fsdp 4"),
     ("muon", "ddp 2"),
     ("muon", "ddp 4"),
 ]
@@ -116,14 +120,23 @@ def refused(settings, nodes=None):
     return None
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
-def test_muon_runs_under_ddp_only(ranks, tmp_path, parallel):
+@pytest.mark.parametrize(
+    ("optimizer", "parallel"), [("muon", "fsdp"), ("muon", "hsdp"), ("soap", "fsdp"), ("torch.optim:SGD", "hsdp")]
+)
+def test_what_runs_under_ddp_only(ranks, tmp_path, optimizer, parallel):
     data = training.write_data(tmp_path / "data")
-    settings = training.settings(data, tmp_path / "run", "muon", parallel=parallel)
+    settings = training.settings(data, tmp_path / "run", optimizer, parallel=parallel, lr=1e-3)
     for text in ranks.run(refused, settings, world=4):
-        assert text.startswith(f"muon cannot run under {parallel}: ")
+        assert text.startswith(f"{optimizer} cannot run under {parallel}: ")
         assert text.endswith("choose --parallel ddp")
     assert not (tmp_path / "run").exists()
+
+
+def test_soap_under_ddp(trained):
+    """Near the run on one rank only: bases of singular statistics are completed by rounding."""
+    alone, found = (training.metrics(trained("ddp", world, optimizer="soap")) for world in (1, 2))
+    assert found[0]["val_loss"] == pytest.approx(alone[0]["val_loss"], rel=1e-10)
+    assert found[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-2)
 
 
 def muon_step(parallel):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sophia.config import OptimizerSettings
+from sophia.config import OPTIMIZERS, OptimizerSettings
 from sophia.distributed import World
 from sophia.memory import block_bytes, optimizer_bytes, step_memory
 from sophia.model import GPT, GPTConfig
@@ -148,7 +148,7 @@ def test_a_block_saves_what_the_table_says(low, dropout):
 
 @pytest.mark.parametrize(
     ("optimizer", "state_dtype"),
-    [*((name, "fp32") for name in ("adamw", "lion", "muon", "sophia-g", "sophia-h")), ("sophia-g", "bf16")],
+    [*((name, "fp32") for name in OPTIMIZERS), ("sophia-g", "bf16")],
 )
 def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype):
     config = GPTConfig(**SHAPE)
@@ -161,6 +161,11 @@ def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype):
     states = [value for part in stepper.optimizers.parts for state in part.state.values() for value in state.values()]
     held = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.numel() > 1)
     assert optimizer_bytes(config, optimizer, state_dtype) == held
+
+
+def test_a_foreign_optimizer_is_taken_for_adamws_like():
+    config = GPTConfig(**SHAPE)
+    assert optimizer_bytes(config, "package.module:Class") == optimizer_bytes(config, "adamw")
 
 
 def test_shards_and_buckets():

@@ -108,6 +108,43 @@ def test_an_exception_that_does_nothing_is_refused(patterns, message):
         build(decay_by_name=patterns)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rates_by_name(name):
+    """Relative to the one that is logged, at every point of the schedule; first match wins."""
+    model, optimizers = build(name, lr_by_name=("tokens.*=0.5", "*norm*=4", "blocks.1.*=2"), decay_by_name=("*=0.3",))
+    names = {p: name for name, p in model.named_parameters()}
+    for factor in (1.0, 0.25):
+        assert optimizers.set_lr(factor) == RECIPE["lr"] * factor
+        found = {
+            names[p]: group["lr"] / (RECIPE["lr"] * factor)
+            for part in optimizers.parts
+            for group in part.param_groups
+            for p in group["params"]
+        }
+        assert found.keys() == set(names.values())
+        for parameter, ratio in found.items():
+            own = {"tokens": 0.5, "norm": 4, "blocks.1": 2}
+            assert ratio == pytest.approx(next((own[key] for key in own if key in parameter), 1.0)), parameter
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("embedding.*=2",), "lr_by_name: embedding.* matches no parameter"),
+        (("*norm*=2", "final_norm*=1"), "final_norm\\* matches no parameter that an earlier pattern left"),
+        (("tokens.weight",), "lr_by_name: 'tokens.weight' is not PATTERN=FACTOR"),
+        (("tokens.*=fast",), "is not PATTERN=FACTOR"),
+        (("tokens.*=0",), "is not PATTERN=FACTOR with a factor above 0"),
+        (("tokens.*=nan",), "is not PATTERN=FACTOR"),
+        (("tokens.*=inf",), "is not PATTERN=FACTOR"),
+        (("=1",), "is not PATTERN=FACTOR"),
+    ],
+)
+def test_a_factor_that_does_nothing_is_refused(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        build(lr_by_name=patterns)
+
+
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model, optimizers = build("muon")
     muon, adamw = optimizers.parts
