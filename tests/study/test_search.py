@@ -109,6 +109,18 @@ def test_settings_are_tried_in_order_at_the_best_so_far():
     assert found.edges == ()
 
 
+def test_the_last_trial_goes_to_the_side_that_promises_more():
+    """The rate beside the best is compared at the best's own settings, where it was tried there."""
+    found, _ = run(bowl(0.0085), trials=4)
+    assert tried(found)[3:] == [0.0113]
+    found, _ = run(bowl(0.0075), trials=4)
+    assert tried(found)[3:] == [0.00566]
+    options = [("weight_decay", (0.1, 0.3))]
+    found, _ = run(bowl(0.0085, weight_decay=0.3), trials=6, options=options)
+    assert whys(found)[3:] == ["weight_decay"] * 2 + ["refine"]
+    assert tried(found)[5:] == [0.0113]
+
+
 def test_the_value_that_a_setting_has_costs_nothing():
     found, _ = run(bowl(0.008, beta2=0.95), options=[("beta2", (0.9, 0.95, 0.99))], trials=5)
     assert tried(found, "beta2") == [0.95, 0.95, 0.95, 0.9, 0.99]

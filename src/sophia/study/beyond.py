@@ -19,7 +19,7 @@ def is_number(value: Value | None) -> TypeGuard[Number]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_end(name: str, value: Number) -> bool:
+def is_end(value: Number) -> bool:
     """Whether nothing lies below this value by nature: no decay, no memory, every step."""
     return value == (1 if isinstance(value, int) else 0)
 
@@ -33,8 +33,6 @@ def beyond(name: str, edge: Number, neighbour: Number) -> Number | None:
         neighbour: The one next to it.
     """
     assert edge != neighbour
-    if edge < neighbour and is_end(name, edge):
-        return None
     if name in _DECAYS:
         gap, other = 1 - edge, 1 - neighbour
         value: Number = round(1 - _rounded(gap * gap / other), 12)

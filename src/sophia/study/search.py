@@ -129,7 +129,8 @@ class _Walk:
         if best is None or not self.left:
             self._open.append(f"{name} was not searched: the trials were spent before")
             return
-        asked = {v: changed(best.settings, **{name: v}) for v in values if v != dict(best.settings).get(name)}
+        # The value that it has is among those made already.
+        asked = {value: changed(best.settings, **{name: value}) for value in values}
         self._ask([(self._exponents[best.settings], _others(one)) for one in asked.values()], name)
         missing = [f"{value}" for value, one in asked.items() if one not in self._made]
         if missing:
@@ -145,7 +146,7 @@ class _Walk:
         if not is_number(value) or len(line) < 2 or value not in (line[0], line[-1]):
             return False
         following = beyond(name, value, line[1] if value == line[0] else line[-2])
-        if following is None and value == line[0] and is_end(name, value):
+        if following is None and value == line[0] and is_end(value):
             return False
         where = f"{name} {value:g} is the {'lowest' if value == line[0] else 'highest'} tried"
         wanted = None if following is None else changed(best.settings, **{name: following})
@@ -167,7 +168,7 @@ class _Walk:
             own, others = self._exponents[best.settings], _others(best.settings)
             sides = [one for one in (own - step, own + step) if self._settings(one, others) not in self._made]
             if sides:
-                sides.sort(key=lambda one: self._promise(one, own, others))
+                sides.sort(key=lambda one: self._beside(one, own, others))
                 self._ask([(one, others) for one in sides], "refine")
             elif step > _FINEST:
                 step /= 2
@@ -199,13 +200,13 @@ class _Walk:
         rest = _without(through, name)
         return [one for one in self._made if _without(one, name) == rest]
 
-    def _promise(self, side: Fraction, own: Fraction, others: Settings) -> tuple[bool, float]:
-        """Where to look first, least first: where nobody has been with these settings, then beside the lower loss."""
+    def _beside(self, side: Fraction, own: Fraction, others: Settings) -> float:
+        """The loss of the nearest rate on one side, at these settings if there is one: the lower promises more."""
         there = [one for one, e in self._exponents.items() if (e < own) == (side < own) and e != own]
         same = [one for one in there if _others(one) == others]
         nearest = min(same or there, key=lambda one: abs(self._exponents[one] - own), default=None)
         loss = None if nearest is None else self._made[nearest].loss
-        return bool(same), -math.inf if loss is None else loss
+        return -math.inf if loss is None else loss
 
 
 def _grid(count: int) -> list[Fraction]:
