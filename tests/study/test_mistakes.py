@@ -263,6 +263,9 @@ def test_one_lucky_seed_is_no_claim(example):
     assert one["speedup_tokens"]["low"] is None
     assert one["claim"] is False
     assert flagged(example, "1 seed, fewer than 6")
+    beyond = Example(study=example.study, worth={**WORTH, "sophia-g": 40.0}).results()["optimizers"]["sophia-g"]
+    assert beyond["speedup_seconds"]["bound"] == "at least"
+    assert (beyond["claim"], beyond["claim_seconds"]) == (False, False)
 
 
 def test_beyond_the_range_there_is_no_extrapolation():

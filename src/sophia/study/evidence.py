@@ -30,7 +30,6 @@ _FREE_OF_COST = frozenset(
         "clip_target",
         "eps",
         "max_grad_norm",
-        "bias_correction",
     }
 )
 _DEFAULT_INTERVAL = 10
