@@ -115,7 +115,13 @@ class _Piece:
                 held = lock.note_test(self.out, held, self.settings.study)
 
         gpus, workers, threads = self._machine()
-        job = Job(study=self.study, data=text.dataset.folder, work=self.out / "work", threads=threads)
+        job = Job(
+            study=self.study,
+            data=text.dataset.folder,
+            fingerprint=text.dataset.fingerprint,
+            work=self.out / "work",
+            threads=threads,
+        )
         self.say(f"study {self.study.name}: {len(ledger.runs)} runs finished, {workers} at a time; Ctrl-C pauses")
         signals = Signals()
         with signals.caught(), Progress(self.console, self.study) as progress:
@@ -132,8 +138,9 @@ class _Piece:
     def _machine(self) -> tuple[list[str], int, int]:
         """GPUs, one for each worker; workers; threads of each."""
         wanted, threads = self.settings.workers, self.settings.threads or 1
-        if pick_device(self.study.machine.device).type != "cuda":
-            return [], wanted or max(1, usable_cores() // threads), threads
+        device = pick_device(self.study.machine.device).type
+        if device != "cuda":
+            return [], wanted or (max(1, usable_cores() // threads) if device == "cpu" else 1), threads
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
         if wanted is not None and wanted > len(gpus):

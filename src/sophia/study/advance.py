@@ -46,19 +46,21 @@ def advance(
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
     state = plan(study, ledger.runs)
-    progress.plan(state)
+    progress.plan(state, ledger.runs)
+    for run in ledger.runs.values():
+        pool.discard(run.spec)  # a kill may have come between its result and this
     try:
         while not signals.received:
             if until is None or time.monotonic() < until:
                 _begin(state, pool, progress, before)
             if not pool.running:
                 break
-            if _take(pool.wait(_LOOK_SECONDS), ledger, progress):
+            if _take(pool.wait(_LOOK_SECONDS), ledger, pool, progress):
                 state = plan(study, ledger.runs)
-                progress.plan(state)
+                progress.plan(state, ledger.runs)
             progress.tick()
     finally:
-        _take(pool.stop(), ledger, progress)
+        _take(pool.stop(), ledger, pool, progress)
     return plan(study, ledger.runs)
 
 
@@ -74,12 +76,13 @@ def _begin(state: Plan, pool: Pool, progress: Progress, before: Callable[[RunSpe
             progress.begun(spec)
 
 
-def _take(messages: list[Message], ledger: Ledger, progress: Progress) -> bool:
+def _take(messages: list[Message], ledger: Ledger, pool: Pool, progress: Progress) -> bool:
     """Write down what is finished, all of it before any failure is told. Returns whether there was anything."""
     failed: Failed | None = None
     for message in messages:
         if isinstance(message, Finished):
             ledger.append(message.run)
+            pool.discard(message.run.spec)
             progress.finished(message.run)
         elif isinstance(message, Step):
             progress.step(message.id, message.step)

@@ -52,17 +52,19 @@ def run(
     spec: RunSpec,
     *,
     data: Path,
+    fingerprint: str,
     folder: Path,
     signals: Signals,
     report: Callable[[int], None] = lambda _: None,
     note: Note = lambda _: None,
 ) -> FinishedRun:
-    """Make one run, or finish one that was interrupted; its folder is removed when it is done.
+    """Make one run, or finish one that was interrupted. Its folder stays until somebody has noted the result.
 
     Args:
         study: What is equal for all runs.
         spec: What this one is.
         data: The prepared data.
+        fingerprint: That the data must have.
         folder: Of the run; where it exists, the run goes on from its last checkpoint.
         signals: Asked in each step whether to stop, with a checkpoint.
         report: Called with the updates done, after each.
@@ -79,6 +81,8 @@ def run(
     with world(wanted.machine.device) as here, contextlib.ExitStack() as held:
         going = _session(wanted, folder, here, note)
         held.enter_context(going.folder.occupied())
+        if going.dataset.fingerprint != fingerprint:
+            raise ValueError(f"the data in {data} changed while the study ran: put it back, or start a new study")
         peak = going.optimizers.set_lr(1.0)  # the trainer sets the rate again before each update
         weights = json.loads((folder / _BEGUN).read_text(encoding="utf-8"))["weights"]
         finished = True
@@ -93,7 +97,8 @@ def run(
         metrics = read_metrics(going.folder.metrics)
         curve = _curve(metrics)
         evidence = _evidence(going, metrics, weights, peak) if finished else None
-    shutil.rmtree(folder, ignore_errors=True)
+        if going.compiled:
+            torch._dynamo.reset()  # graphs of run after run would reach the compiler's limit
     return FinishedRun(
         spec=spec,
         val_loss=curve[-1].val_loss if finished else None,

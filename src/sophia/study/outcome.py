@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sophia import machine, report
+from sophia import machine
 from sophia.accounting import count_parameters
 from sophia.distributed import World
 from sophia.resolve import model_config, resolve
@@ -70,6 +70,9 @@ def write(
     found = results.build(study, plan, ledger.runs, costs, context)
     path = out / RESULTS
     machine.write_json(path, found)
+
+    from sophia import report  # noqa: PLC0415 - what draws is loaded when there is something to draw
+
     return found, [path, *report.write(found, out)]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,10 @@ class Pool:
         free.spec = spec
         with contextlib.suppress(OSError):  # it died, as `wait` will notice
             free.pipe.send(spec)
+
+    def discard(self, spec: RunSpec) -> None:
+        """Remove what a finished run has left, once its result is noted."""
+        shutil.rmtree(self._jobs[0].work / spec.id, ignore_errors=True)
 
     def wait(self, seconds: float) -> list[Message]:
         """What workers tell, as soon as one tells something; empty after so many seconds without."""

@@ -1,8 +1,9 @@
 """A study as its user sees it: a line for each finished run; on a terminal also what is going on and what is best."""
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -37,6 +38,7 @@ class Progress:
         self._started = self._last_line = clock()
         self._going: dict[str, _Going] = {}
         self._state: Plan | None = None
+        self._runs: Mapping[str, FinishedRun] = {}
         self._steps = 0  # of runs that ended since we began
         self._finished = 0
         self._live: Live | None = None
@@ -45,9 +47,9 @@ class Progress:
                 get_renderable=self._drawn, console=console, refresh_per_second=_REFRESHES_PER_SECOND, transient=True
             )
 
-    def plan(self, state: Plan) -> None:
+    def plan(self, state: Plan, runs: Mapping[str, FinishedRun]) -> None:
         """Learn what is known and left."""
-        self._state = state
+        self._state, self._runs = state, runs
 
     def begun(self, spec: RunSpec) -> None:
         """A run begins, or goes on."""
@@ -79,13 +81,10 @@ class Progress:
             self.note(self._summary())
 
     def described(self, spec: RunSpec) -> str:
-        """A run in a line: what the search or an ablation has changed, not what its entry holds anyway."""
-        entry = self._entries.get(spec.optimizer)
-        held = {} if entry is None else dict(entry.settings)
-        changed = [f"{name} {_short(value)}" for name, value in spec.settings if held.get(name) != value]
+        """A run in a line."""
         share = spec.tokens / self._study.race.tokens
         batch = "" if spec.tokens_per_step == self._study.race.tokens_per_step else f" at {spec.tokens_per_step}"
-        return f"{spec.optimizer}  {', '.join(changed)}  {share:g} T{batch}  seed {spec.seed}"
+        return f"{spec.optimizer}  {self._changed(spec)}  {share:g} T{batch}  seed {spec.seed}"
 
     def seconds_left(self) -> float | None:
         """Until the end of the study at the pace so far; None while there is none."""
@@ -130,15 +129,22 @@ class Progress:
 
     def _row(self, cell: Cell) -> tuple[str, str, str, str, str]:
         known = [trial for trial in cell.trials if trial.finished]
-        best = min(known, key=lambda trial: math.inf if trial.loss is None else trial.loss, default=None)
-        entry = dict(self._entries[cell.optimizer].settings) if cell.optimizer in self._entries else {}
-        found = (
-            "" if best is None else ", ".join(f"{n} {_short(v)}" for n, v in best.spec.settings if entry.get(n) != v)
-        )
-        loss = "" if best is None else ("diverged" if best.loss is None else f"{best.loss:.4f}")
+        finals = [self._runs[spec.id].score for spec in cell.finals if spec.id in self._runs]
+        searched = f"{len(known)} of {self._study.race.trials}"
+        ended = f"{len(finals)} of {len(cell.finals)}" if cell.finals else ""
         batch = "" if cell.tokens_per_step == self._study.race.tokens_per_step else f" at {cell.tokens_per_step}"
-        finals = f"of {len(cell.finals)}" if cell.finals else ""
-        return f"{cell.optimizer}{batch}", f"{len(known)}/{len(cell.trials)}", finals, found, loss
+        if not known:
+            return f"{cell.optimizer}{batch}", searched, ended, "", ""
+        best = min(known, key=lambda trial: math.inf if trial.loss is None else trial.loss)
+        loss = statistics.fmean(finals) if finals else best.loss
+        shown = "diverged" if loss is None or math.isinf(loss) else f"{loss:.4f}"
+        return f"{cell.optimizer}{batch}", searched, ended, self._changed(best.spec), shown
+
+    def _changed(self, spec: RunSpec) -> str:
+        """What the search or an ablation has changed, not what its entry holds anyway."""
+        entry = self._entries.get(spec.optimizer)
+        held = {} if entry is None else dict(entry.settings)
+        return ", ".join(f"{name} {_short(value)}" for name, value in spec.settings if held.get(name) != value)
 
 
 def duration(seconds: float) -> str:

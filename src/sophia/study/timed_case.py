@@ -22,6 +22,8 @@ from sophia.train import Trainer
 
 LEAST_STEPS = 10
 """Of a round."""
+_LEAST_SECONDS = 0.5  # of a round: the noise of a machine is longer than the steps of a tiny model
+_MOST_REPEATS = 20
 _MEMORY_STEPS = 3
 _INTERVALS = ("curvature_interval", "basis_interval")
 
@@ -75,6 +77,11 @@ class Stepping:
         """Seconds of one round of updates."""
         return timed(lambda: self.run(self.steps), self.session.here.device)
 
+    def warm_up(self) -> None:
+        """A round that does not count, and one that tells how long they must be."""
+        self.round()
+        self.steps *= min(max(1, math.ceil(_LEAST_SECONDS / self.round())), _MOST_REPEATS)
+
     def close(self) -> None:
         """End the thread that reads batches."""
         self._batches.close()
@@ -90,10 +97,13 @@ def steps_per_round(settings: TrainSettings) -> int:
 
 
 def weigh(study: Study, case: Case, data: Path, folder: Path, threads: int) -> dict[str, Any]:
-    """Operations and memory of a case: {"flops_per_step", "peak_memory_bytes"}. For a process that has done nothing else.
+    """Operations and memory of a case, for a process that has done nothing else.
 
     The peak is, on the CPU, the highest resident memory less what was resident before the model was built, after a
     small one has loaded the libraries; on CUDA the most that PyTorch's allocator had handed out.
+
+    Returns:
+        "flops_per_step", the average over a round, and "peak_memory_bytes", None where the system does not tell.
     """
     torch.set_num_threads(threads)
     with world(study.machine.device) as here:

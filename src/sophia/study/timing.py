@@ -2,17 +2,13 @@
 
 All of them are built in one process, with all the threads that torch takes by itself (as a user would train, other than
 the runs of the study, which share the cores), and step in turn, round by round: whatever else the machine does slows
-them alike, and ratios are taken within each round. The first round, with compilation in it, does not count. Operations
+them alike, and ratios are taken within each round. The first rounds, with compilation in them, do not count. Operations
 and memory are measured apart, each optimizer in a process of its own.
 """
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +20,7 @@ import torch
 
 from sophia import machine
 from sophia.distributed import World, world
+from sophia.study.alone import alone
 from sophia.study.evidence import same_cost
 from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan
@@ -33,7 +30,7 @@ from sophia.study.timed_case import Case, Stepping, weigh
 
 FILE = "timing.json"
 FORMAT = 1
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 6
 _MOST_ROUNDS = 15
 _SECONDS = 120.0  # all rounds together, where that allows the least number
 
@@ -146,50 +143,11 @@ def _weights(
 
     def one(number: int) -> dict[str, Any]:
         report(f"operations and memory: {wanted[number].name}")
-        told: dict[str, Any] = _alone(weigh, study, wanted[number], place.data, folder / f"weigh-{number}", threads)
+        told: dict[str, Any] = alone(weigh, study, wanted[number], place.data, folder / f"weigh-{number}", threads)
         return told
 
     with ThreadPoolExecutor(place.processes) as pool:
         return list(pool.map(one, range(len(wanted))))
-
-
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own.
-
-    Raises:
-        ValueError: It raised one, or an OSError; or the process died.
-        RuntimeError: It raised anything else.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        kind, value = ours.recv()
-    except EOFError:
-        process.join()
-        raise ValueError(
-            f"the process that measures memory ended with exit code {process.exitcode} (-9: killed, likely for want of "
-            "memory): start the study again"
-        ) from None
-    finally:
-        process.kill()
-        process.join()
-    if kind == "value":
-        return value
-    raise (ValueError if kind == "refused" else RuntimeError)(value)
-
-
-def _answer(pipe: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        pipe.send(("value", function(*arguments)))
-    except (ValueError, OSError) as problem:
-        pipe.send(("refused", str(problem)))
-    except Exception as problem:
-        pipe.send(("failed", repr(problem)))
 
 
 def _rounds(
@@ -209,7 +167,7 @@ def _rounds(
         _equal_micro_batches(wanted, going)
         for case, one in zip(wanted, going, strict=True):
             report(f"warming up: {case.name}")
-            one.round()
+            one.warm_up()
         seconds: list[list[float]] = [[] for _ in wanted]
         refreshes = [one.refreshes for one in going]
         started, rounds = time.monotonic(), 0
@@ -268,10 +226,3 @@ def _equal_micro_batches(wanted: Sequence[Case], going: Sequence[Stepping]) -> N
             if peer.spec.tokens_per_step == case.spec.tokens_per_step
         ]
         one.session.stepper.micro_batch = min(sizes)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

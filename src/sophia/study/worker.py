@@ -4,6 +4,7 @@ It hears from the study's process through a pipe, and ends when that does, whate
 """
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -29,6 +30,8 @@ class Job:
     """What is equal for all runs."""
     data: Path
     """The prepared data."""
+    fingerprint: str
+    """That it must have."""
     work: Path
     """Run folders are made below it."""
     threads: int
@@ -102,6 +105,9 @@ def work(job: Job, pipe: Connection) -> None:
             except queue.Empty:
                 continue
             _send(pipe, _outcome(job, spec, signals, pipe))
+            gc.collect()  # a model and its optimizer refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the next run looks how much is free
 
 
 def _listen(pipe: Connection, wanted: "queue.SimpleQueue[RunSpec]") -> None:
@@ -129,6 +135,7 @@ def _outcome(job: Job, spec: RunSpec, signals: Any, pipe: Connection) -> Message
             job.study,
             spec,
             data=job.data,
+            fingerprint=job.fingerprint,
             folder=job.work / spec.id,
             signals=signals,
             report=report,

@@ -1,0 +1,203 @@
+"""What updates cost: nothing is forgotten, and a busy machine does not decide."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sophia import session
+from sophia.accounting import curvature_share, flops_per_token
+from sophia.distributed import World
+from sophia.study import flops, timing
+from sophia.study.alone import alone
+from sophia.study.one_run import train_settings
+from sophia.study.plan import AblationCell, Cell, Plan, Trial
+from sophia.study.timed_case import Case, Stepping, weigh
+from tests.study import tiny
+from tests.train import runs
+
+HERE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+def plan_of(*specs, ablations=()):
+    """A plan in which these are the best."""
+    cells = [
+        Cell(
+            optimizer=spec.optimizer,
+            steps=spec.steps,
+            tokens_per_step=spec.tokens_per_step,
+            trials=(Trial(spec=replace(spec, seed=0), loss=1.0, finished=True, why="grid"),),
+            best=spec.settings,
+            edges=(),
+            finals=(spec,),
+        )
+        for spec in specs
+    ]
+    changed = [
+        AblationCell(name=name, of=spec.optimizer, trials=(), best=spec.settings, finals=(spec,))
+        for name, spec in ablations
+    ]
+    return Plan(cells=tuple(cells), ablations=tuple(changed), wanted=(), steps_left=0, done=True)
+
+
+@pytest.fixture
+def place(tmp_path, data, monkeypatch):
+    """Nothing takes long; memory is not measured."""
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr("sophia.study.timed_case._LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "alone", lambda function, *arguments: function(*arguments))
+    return timing.Place(data=data, out=tmp_path)
+
+
+def test_a_training_step_counts_what_accounting_counts(tmp_path, data):
+    going = session.start(
+        train_settings(tiny.study(data), tiny.spec("muon"), data=data, out=tmp_path / "run"), HERE, print
+    )
+    inputs, targets = going.batches.step(0)
+    counted = flops.count(lambda: going.stepper.gradients(inputs, targets, index=0))
+    assert counted == 32 * flops_per_token(going.config)
+    going.optimizers.set_lr(1.0)
+    # Five Newton-Schulz iterations of three products on matrices m × n, m the smaller side, in each block's four.
+    shapes = [(16, 48), (16, 16), (16, 64), (16, 64)]
+    assert flops.count(going.optimizers.step) == sum(5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n) for m, n in shapes)
+
+
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h"])
+def test_curvature_is_counted(tmp_path, data, optimizer):
+    """On the average over a round, at the share of the training steps that accounting tells."""
+    study = tiny.study(data)
+    case = Case(name=optimizer, spec=tiny.spec(optimizer, curvature_interval=5, curvature_rows=2))
+    going = Stepping(study, case, data=data, folder=tmp_path / "run", here=HERE)
+    plain = 32 * flops_per_token(going.session.config)
+    counted = flops.count(lambda: going.run(10))
+    going.close()
+    assert going.refreshes == 2
+    share = (counted - 10 * plain) / (10 * plain)
+    rows = 2 / 4
+    expected = curvature_share(optimizer, rows_fraction=rows, interval=5)
+    if optimizer == "sophia-h":
+        expected *= 2 / 3  # by finite differences: two gradients
+    assert share == pytest.approx(expected, rel=0.15)
+
+
+def test_decompositions_are_counted():
+    square = torch.randn(12, 12)
+    assert flops.count(lambda: torch.linalg.qr(square)) == 8 * 12**3 // 3
+    assert flops.count(lambda: torch.linalg.eigh(square @ square.T)) == 9 * 12**3 + 2 * 12**3
+    total = torch.zeros(3, 5)
+    assert flops.count(lambda: total.addmm_(torch.ones(3, 4), torch.ones(4, 5))) == 2 * 3 * 4 * 5
+
+
+def test_what_is_timed(data):
+    study = tiny.study(data, other_batches=(64,))
+    adamw, sophia = tiny.spec(), tiny.spec("sophia-g")
+    other = replace(adamw, steps=10, tokens_per_step=64)
+    half = replace(adamw, steps=10)
+    ablations = [
+        ("interval", tiny.spec("sophia-g", curvature_interval=1)),
+        ("eps", tiny.spec("sophia-g", eps=1e-7, beta2=0.9)),
+        ("auto", tiny.spec("sophia-g", gamma="auto")),
+    ]
+    plan = plan_of(adamw, half, other, sophia, ablations=ablations)
+    found = timing.cases(study, plan)
+    assert [(case.name, case.spec.tokens_per_step) for case in found] == [
+        ("adamw", 32),
+        ("adamw", 64),
+        ("sophia-g", 32),
+        ("interval", 32),
+        ("auto", 32),
+    ]
+    assert all(case.spec.tokens == study.race.tokens for case in found)
+    unknown = replace(plan, cells=tuple(replace(cell, best=None) for cell in plan.cells), ablations=())
+    assert timing.cases(study, unknown) == []
+
+
+def test_rounds_in_turn_with_ratios_within_each(place, data, monkeypatch):
+    """A machine that gets ten times slower from round to round changes no ratio."""
+    order = []
+
+    def round_(self):
+        name = self.session.settings.optimizer.optimizer
+        self.run(self.steps)
+        order.append(name)
+        return {"adamw": 1.0, "sophia-g": 1.5, "lion": 0.5}[name] * 10.0 ** ((len(order) - 1) // 3) * self.steps
+
+    monkeypatch.setattr(Stepping, "round", round_)
+    monkeypatch.setattr(Stepping, "warm_up", lambda self: self.run(self.steps))
+    specs = [tiny.spec(), tiny.spec("sophia-g", curvature_interval=5), tiny.spec("lion")]
+    study = tiny.study(data, optimizers=("adamw", "sophia-g", "lion"))
+    costs = timing.measure(study, plan_of(*specs), place)
+    assert order[:6] == ["adamw", "sophia-g", "lion", "lion", "sophia-g", "adamw"]
+    assert len(order) == 3 * timing.LEAST_ROUNDS
+    adamw, sophia, lion = costs
+    assert (adamw.ratio, adamw.ratio_low, adamw.ratio_high) == (1.0, 1.0, 1.0)
+    assert sophia.ratio == pytest.approx(1.5)
+    assert lion.rounds == timing.LEAST_ROUNDS
+    assert lion.ratio == pytest.approx(0.5)
+    assert adamw.seconds_per_step == pytest.approx((1e2 + 1e3) / 2)  # the median of 1, 10, … 1e5
+    assert [cost.settings for cost in costs] == [spec.settings for spec in specs]
+    assert (adamw.refreshes_per_round, sophia.refreshes_per_round, sophia.steps_per_round) == (None, 2, 10)
+    plain = flops_per_token(config_of(study, specs[0], data)) * 32
+    assert adamw.flops_per_step == lion.flops_per_step == plain
+    assert sophia.flops_per_step > 1.05 * plain
+
+
+def config_of(study, spec, data):
+    folder = data.parent / f"config-{time.monotonic_ns()}"
+    return session.start(train_settings(study, spec, data=data, out=folder), HERE, print).config
+
+
+def test_it_is_measured_once(place, data, monkeypatch):
+    study, plan = tiny.study(data), plan_of(tiny.spec(), tiny.spec("sophia-g"))
+    assert timing.read(study, plan, place.out) == []
+    costs = timing.measure(study, plan, place)
+    assert not list((place.out / "work").glob("*"))
+    monkeypatch.setattr(Stepping, "__init__", None)
+    assert timing.measure(study, plan, place) == costs
+    faster = plan_of(tiny.spec(lr=1e-4), tiny.spec("sophia-g", gamma=0.3))
+    assert timing.measure(study, faster, place) == costs  # costs the same
+    other = plan_of(tiny.spec(), tiny.spec("sophia-g", curvature_interval=1))
+    assert timing.read(study, other, place.out) == costs[:1]
+    with pytest.raises(TypeError):
+        timing.measure(study, other, place)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 7}', '{"format": 1, "costs": [{}]}'])
+def test_a_damaged_file(place, data, content):
+    (place.out / timing.FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"timing.json is damaged .*: delete it, and it is measured again"):
+        timing.measure(tiny.study(data), plan_of(tiny.spec()), place)
+
+
+def test_the_file_says_on_what_it_was_made(place, data):
+    timing.measure(tiny.study(data), plan_of(tiny.spec()), place)
+    content = json.loads((place.out / timing.FILE).read_text())
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert len(content["costs"][0]["seconds"]) == timing.LEAST_ROUNDS
+
+
+def test_memory_of_a_larger_model_is_larger(data, tmp_path):
+    """In a process of its own: ten million parameters of AdamW are at least 160 MB with gradients and two moments."""
+    study = tiny.study(data)
+    study = replace(study, model=replace(study.model, layers=2, width=640, heads=2))
+    case = Case(name="adamw", spec=replace(tiny.spec(), tokens_per_step=8))
+    found = alone(weigh, study, case, data, tmp_path, 1)
+    numbers = 12 * 2 * 640**2
+    assert 16 * numbers < found["peak_memory_bytes"] < 40 * numbers
+    assert found["flops_per_step"] > 8 * 6 * numbers
+
+
+def test_what_a_process_of_its_own_says(tmp_path):
+    assert alone(os.path.basename, "a/b") == "b"
+    with pytest.raises(ValueError, match=r"exit code 9 .*start the study again"):
+        alone(os._exit, 9)
+    with pytest.raises(ValueError, match=r"No such file or directory: '.*missing'"):
+        alone(os.stat, str(tmp_path / "missing"))
