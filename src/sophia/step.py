@@ -66,28 +66,22 @@ class Stepper:
         call_hook(hook, self.optimizers.settings.hook, context)
 
     def refresh(self, inputs: Tensor, targets: Tensor) -> None:
-        """Before an update: renew the curvature from some of the batch's rows, when that is due and not left for later.
+        """Before an update: renew the curvature from some of the batch's rows, when that is due.
 
-        Drops the last step's gradients.
+        Drops the last update's gradients.
         """
-        # No update is made blind: the first estimate comes before it in any case.
-        if not self._refreshes_after or not self.optimizers.refreshes:
-            self._refresh_when_due(inputs, targets)
-
-    def refresh_after(self, inputs: Tensor, targets: Tensor) -> None:
-        """After an update from this batch: renew the curvature for the next one, where it is to be done then."""
-        if self._refreshes_after and self.optimizers.refreshes:
-            self._refresh_when_due(inputs, targets)
-
-    @property
-    def _refreshes_after(self) -> bool:
-        return self.optimizers.settings.refresh_when == "after"
-
-    def _refresh_when_due(self, inputs: Tensor, targets: Tensor) -> None:
         if self.optimizers.curvature_due:
             self.optimizers.zero_grad()  # the estimate would be made beside them
             with self.autocast():
                 self.optimizers.refresh(self.model, self.curvature_batch(inputs, targets))
+
+    def refresh_after(self, inputs: Tensor, targets: Tensor) -> None:
+        """After an update from this batch: :meth:`refresh` for the next one, where that is asked for.
+
+        Then nothing is due before that one any more. Before the very first update it is: none is made blind.
+        """
+        if self.optimizers.settings.refresh_when == "after":
+            self.refresh(inputs, targets)
 
     def curvature_batch(self, inputs: Tensor, targets: Tensor) -> CurvatureBatch:
         """This rank's rows among those that curvature is estimated from.

@@ -113,15 +113,15 @@ def test_the_estimate_after_an_update_stands_for_the_new_weights(optimizer):
     assert any(ours.any() for ours in found)
 
 
-def test_a_refused_first_estimate_is_tried_again_before_the_next_update(tmp_path, data, monkeypatch, batches):
-    """Only once there is curvature may the estimates come late; until then parameters hold."""
+def test_a_refused_estimate_is_tried_again_at_once(tmp_path, data, monkeypatch, batches):
+    """After the update that held everything still, and before the next one."""
     tried = []
     refresh = Optimizers.refresh
 
     def refusing(self, model, batch):
         (sophia,) = self.parts
         tried.append((tuple(batch.inputs[0].tolist()), int(sophia.param_groups[0]["clock"])))
-        if len(tried) == 1:
+        if len(tried) in (1, 2, 4):
             sophia.update_curvature([torch.full_like(p, torch.nan) for g in sophia.param_groups for p in g["params"]])
         else:
             refresh(self, model, batch)
@@ -129,7 +129,7 @@ def test_a_refused_first_estimate_is_tried_again_before_the_next_update(tmp_path
     monkeypatch.setattr(Optimizers, "refresh", refusing)
     flags = {"curvature-interval": 4, "refresh-when": "after", "steps": 6}
     assert runs.train(data, tmp_path / "run", **flags) == 0
-    assert tried == [(batches[0], 0), (batches[1], 1), (batches[3], 4)]
+    assert tried == [(batches[0], 0), (batches[0], 1), (batches[1], 1), (batches[3], 4), (batches[4], 4)]
 
 
 @pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h"])

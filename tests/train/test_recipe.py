@@ -1,0 +1,72 @@
+"""`recipe = "paper"`: the rule and its settings as published, at any size, whatever presets and defaults come to be."""
+
+import pytest
+
+from sophia import SophiaG, SophiaH
+from sophia.config import BatchSettings, ModelSettings, OptimizerSettings, TrainSettings
+from sophia.optim.checks import CLIP_TARGET
+from sophia.presets import PRESETS
+from sophia.resolve import resolve_optimizer
+
+CLASSES = {"sophia-g": SophiaG, "sophia-h": SophiaH}
+
+
+def resolved(model="nano", rows=None, **chosen):
+    batch = BatchSettings(tokens_per_step=rows and rows * PRESETS[model].context)
+    settings = TrainSettings(model=ModelSettings(model=model), optimizer=OptimizerSettings(**chosen), batch=batch)
+    return resolve_optimizer(settings).optimizer
+
+
+@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("optimizer", CLASSES)
+def test_sophia_as_published(optimizer, model):
+    """Algorithm 3, section 3; every setting that the rule or the estimate depends on."""
+    chosen, paper = resolved(model, optimizer=optimizer, recipe="paper"), CLASSES[optimizer].PAPER
+    assert chosen.lr == PRESETS[model].recipes[optimizer]["lr"]  # the paper's too, where it has one
+    assert ((chosen.beta1, chosen.beta2), chosen.gamma, chosen.eps) == (paper["betas"], paper["gamma"], paper["eps"])
+    assert (chosen.weight_decay, chosen.max_grad_norm) == (paper["weight_decay"], 1.0) == (0.2, 1.0)
+    assert chosen.curvature_interval == paper["curvature_interval"] == 10
+    assert (chosen.bias_correction, chosen.clip_target, chosen.refresh_when) == (False, None, "before")
+    assert chosen.curvature_noise == "labels"
+    assert chosen.state_dtype == "fp32"
+    rows = PRESETS[model].tokens_per_step // PRESETS[model].context
+    if optimizer == "sophia-g":  # 240 of 480 sequences
+        assert (chosen.curvature_rows, chosen.curvature_chunks) == (rows // 2, 1)
+    else:  # 32 of 480
+        assert chosen.curvature_rows == max(1, rows // 15)
+
+
+def test_of_480_sequences():
+    assert resolved("30m", recipe="paper").curvature_rows == 240
+    assert resolved("30m", recipe="paper", optimizer="sophia-h").curvature_rows == 32
+    assert resolved("30m", recipe="paper", optimizer="sophia-h", rows=4).curvature_rows == 1
+
+
+def test_the_others_that_the_paper_ran():
+    adamw, lion = (resolved(optimizer=name, recipe="paper") for name in ("adamw", "lion"))
+    assert (adamw.beta1, adamw.beta2, adamw.weight_decay) == (0.9, 0.95, 0.1)
+    assert (lion.beta1, lion.beta2, lion.weight_decay) == (0.95, 0.98, 0.2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "soap", "signum", "nadamw"])
+def test_what_the_paper_did_not_run_is_refused(optimizer):
+    with pytest.raises(ValueError, match=f"recipe is paper, which has no settings for {optimizer}: leave it out"):
+        resolved(optimizer=optimizer, recipe="paper")
+
+
+def test_what_is_given_counts_more():
+    chosen = resolved(recipe="paper", gamma=0.3, curvature_chunks=2, lr=1e-2, eps=1e-8)
+    assert (chosen.gamma, chosen.curvature_chunks, chosen.lr, chosen.eps) == (0.3, 2, 1e-2, 1e-8)
+    assert chosen.beta1 == 0.96
+
+
+def test_the_preset_is_the_default():
+    chosen = resolved()
+    assert {name: getattr(chosen, name) for name in ("beta1", "gamma")} == {"beta1": 0.9, "gamma": 0.5}
+    assert chosen.eps == 1e-12
+
+
+def test_gamma_auto_has_a_target():
+    assert resolved(gamma="auto").clip_target == CLIP_TARGET
+    assert resolved(gamma="auto", clip_target=0.5).clip_target == 0.5
+    assert resolved(gamma="auto", optimizer="sophia-h", recipe="paper").gamma == "auto"
