@@ -138,13 +138,12 @@ def _ablation(asked: Ablation, found: Study) -> None:
             f"{where}: of is {asked.of!r}, but the optimizers are {', '.join(names)}{nearest(asked.of, names)}"
         )
     entry = found.entry(asked.of)
-    before, plain = dict(entry.settings), OptimizerSettings()
-    if all(before.get(name, getattr(plain, name)) == value for name, value in asked.settings):
-        raise ValueError(f"{where} changes nothing of {asked.of}: give a setting with another value")
     for name, _ in asked.settings:
         _refuse_meaningless(name, entry, where)
     # It runs at the common batch only.
-    refuse(entry, replace(found.race, other_batches=()), found.model, dict(asked.settings), where)
+    race = replace(found.race, other_batches=())
+    if refuse(entry, race, found.model, dict(asked.settings), where) == refuse(entry, race, found.model, {}, where):
+        raise ValueError(f"{where} changes nothing of {asked.of}: give a setting with another value")
     twice(f"{where}: lr_factors", asked.lr_factors)
     for value in asked.lr_factors:
         if not 0 < value < math.inf:
