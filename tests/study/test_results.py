@@ -8,6 +8,7 @@ import pytest
 
 from sophia.study import results
 from sophia.study.plan import plan
+from sophia.study.runs import settings
 from tests.study.example import CONTEXT, PRICE, STEP, TOKENS, WORTH, Example, loss_of, study_of
 from tests.study.simulated import simulate
 
@@ -121,6 +122,15 @@ def test_ablations_are_differences_by_seed(whole):
     assert found["gamma 1"]["cost"] == whole["optimizers"]["sophia-g"]["cost"]
 
 
+def test_settings_that_are_lists_are_plain_values():
+    entries = study_of().optimizers[:2]
+    listed = replace(entries[1], settings=settings(arguments=["rank=4", "nesterov=True"]))
+    study = replace(study_of(headline="", headline_seeds=(), other_batches=()), optimizers=(entries[0], listed))
+    found = Example(study=replace(study, ablations=())).results()
+    assert json.loads(json.dumps(found)) == found
+    assert found["optimizers"]["lion"]["best"]["arguments"] == ["rank=4", "nesterov=True"]
+
+
 def test_without_a_timing_there_is_no_time_and_nothing_is_complete():
     example = Example()
     example.costs = []
@@ -188,7 +198,12 @@ def test_at_its_best_batch_each_is_held_against_the_baselines_best():
         (1.3, 1.02, "sophia-g saves tokens and time against adamw: ", "adamw needs 1.3"),
         (1.3, 1.3, "sophia-g saves tokens but shows no saving in time against adamw: ", "the tokens and "),
         (1.3, 1.9, "sophia-g saves tokens but costs time against adamw: ", "the time"),
-        (1.0, 1.0, "No saving shown by sophia-g against adamw: ", "6 seeds, 95 % intervals"),
+        (
+            1.0,
+            1.0,
+            "No saving shown by sophia-g against adamw: ",
+            "(95 % intervals over 6 seeds; nano, 1.2 M parameters; text: made-up text).",
+        ),
         (1.0, 1.3, "sophia-g shows no saving in tokens and costs time against adamw: ", "1.2 M parameters"),
         (0.8, 1.02, "sophia-g costs tokens and time against adamw: ", "text: made-up text"),
         (6.0, 1.02, "sophia-g saves tokens and time against adamw: ", "needs at least 4.00 times the tokens"),

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 from scipy import stats
@@ -189,6 +190,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say(truth, complete, seeds):
         assert high is not None
         held += low <= truth <= high
     assert 0.93 <= held / studies <= 0.97
+
+
+def test_intervals_in_time_hold_the_truth_at_least_as_often():
+    """The price of a token, 1.1, is the median of eight rounds that vary by 3 %, with their range."""
+    rng, held, studies = random.Random(13), 0, 1000
+    for _ in range(studies):
+        rounds = [1.1 * math.exp(rng.gauss(0, 0.03)) for _ in range(8)]
+        price = Estimate(value=statistics.median(rounds), low=min(rounds), high=max(rounds), n=8)
+        seconds = divided(known(speedup(*_study(rng, 1.3, 6, 6))), price)
+        assert seconds.low is not None
+        assert seconds.high is not None
+        held += seconds.low <= 1.3 / 1.1 <= seconds.high
+    assert 0.94 <= held / studies <= 0.995
 
 
 def test_a_null_result_is_rarely_claimed():

@@ -11,7 +11,7 @@ from sophia.study import evidence, verdict
 from sophia.study.flags import flags
 from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan, Trial, roles
-from sophia.study.runs import FinishedRun
+from sophia.study.runs import FinishedRun, Settings
 from sophia.study.settings import Entry, Study
 from sophia.study.standing import Standings, final_loss, paired
 from sophia.study.statistics import Estimate
@@ -150,7 +150,7 @@ def _optimizer(table: Standings, entry: Entry) -> dict[str, Any]:
     return {
         "optimizer": entry.optimizer,
         "hook": entry.hook or None,
-        "best": None if cell is None or cell.best is None else dict(cell.best),
+        "best": _settings(None if cell is None else cell.best),
         "final_loss": _loss(final_loss(table.losses(cell))),
         "speedup_tokens": _estimate(standing.tokens),
         "speedup_seconds": _estimate(standing.seconds),
@@ -177,7 +177,7 @@ def _search(cell: Cell) -> dict[str, Any]:
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
-    return {"settings": dict(trial.spec.settings), "loss": trial.loss, "why": trial.why, "id": trial.spec.id}
+    return {"settings": _settings(trial.spec.settings), "loss": trial.loss, "why": trial.why, "id": trial.spec.id}
 
 
 def _paper_test(table: Standings, name: str) -> dict[str, Any] | None:
@@ -204,7 +204,7 @@ def _best_batch(table: Standings, name: str) -> dict[str, Any] | None:
     standing = table.standing(cell, reference)
     return {
         "tokens_per_step": cell.tokens_per_step,
-        "best": dict(cell.best),
+        "best": _settings(cell.best),
         "final_loss": _loss(final_loss(table.losses(cell))),
         "speedup_tokens": _estimate(standing.tokens),
         "speedup_seconds": _estimate(standing.seconds),
@@ -239,8 +239,8 @@ def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
     return {
         "name": cell.name,
         "of": cell.of,
-        "settings": dict(wanted.settings),
-        "best": None if cell.best is None else dict(cell.best),
+        "settings": _settings(wanted.settings),
+        "best": _settings(cell.best),
         "final_loss": _loss(final_loss(losses)),
         "difference": _difference(paired(losses, table.losses(table.cell(cell.of)))),
         "searched": bool(wanted.lr_factors),
@@ -269,7 +269,7 @@ def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) ->
         "id": spec.id,
         "optimizer": spec.optimizer,
         "ablation": ablation,
-        "settings": dict(spec.settings),
+        "settings": _settings(spec.settings),
         "seed": spec.seed,
         "tokens": spec.tokens,
         "steps": spec.steps,
@@ -282,6 +282,12 @@ def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) ->
         "date": run.date,
         "curve": [dataclasses.asdict(point) for point in run.curve],
     }
+
+
+def _settings(settings: Settings | None) -> dict[str, Any] | None:
+    if settings is None:
+        return None
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
 
 
 def _cost(cost: Cost | None) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The headline in one honest sentence."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,11 +73,10 @@ def _times(speedup: Numbers) -> str:
 def _where(results: Mapping[str, Any], tokens: Numbers) -> str:
     study = results["study"]
     model, n = study["model"], tokens["n"]
+    seeds = f"{n} seed{'s' if n != 1 else ''}"
     parts = [
-        f"{model['model']} with {model['parameters'] / 1e6:.1f} M parameters",
-        f"text: {study['text']}",
-        f"{n} seed{'s' if n != 1 else ''}",
+        seeds if tokens["low"] is None else f"95 % intervals over {seeds}",
+        f"{model['model']}, {model['parameters'] / 1e6:.1f} M parameters",
+        f"text: {re.split(r' *[(:;,]', study['text'])[0]}",
     ]
-    if tokens["low"] is not None:
-        parts.append("95 % intervals")
-    return f" ({', '.join(parts)})"
+    return f" ({'; '.join(parts)})"
