@@ -93,6 +93,15 @@ def test_whole_numbers_and_fractions_are_the_same_run(read):
     assert len({plan(study, {}).wanted[0].id for study in ours}) == 1
 
 
+def test_a_tenth_of_the_budget_is_a_tenth(read):
+    study = read(with_race("baseline_budgets = [0.1, 0.7, 1]\nevaluations = 2", text=GOOD))
+    assert [study.race.steps(budget, 2048) for budget in study.race.baseline_budgets] == [4, 28, 40]
+
+
+def test_lists_from_json_are_the_same_settings():
+    assert settings(decay_by_name=["a=0"], lr=1.0) == settings(lr=1.0, decay_by_name=("a=0",))
+
+
 def test_paths_begin_where_the_file_stands(read, tmp_path):
     data = f'[data]\nfolder = "corpus"\ntext = "books"\nsha256 = "{"a" * 64}"\n'
     assert read(HEAD + data + RACE + ADAMW).data.folder == tmp_path / "corpus"

@@ -121,6 +121,17 @@ def test_the_last_trial_goes_to_the_side_that_promises_more():
     assert tried(found)[5:] == [0.0113]
 
 
+def test_what_promises_more_is_read_at_the_bests_own_settings():
+    def landscape(chosen):
+        away = math.log2(chosen["lr"] / 0.008)
+        return {0.1: 3.5 + away**2, 0.3: 3.0 + (away - 0.6) ** 2, 0.9: 9.0}[chosen["weight_decay"]]
+
+    found, _ = run(landscape, trials=9, options=[("weight_decay", (0.1, 0.3))])
+    assert whys(found) == ["grid"] * 3 + ["weight_decay"] * 2 + ["refine"] * 4
+    # At 0.3 the rate above the best is the better neighbour, at 0.1 the one below.
+    assert tried(found)[5:] == [0.00566, 0.0113, 0.016, 0.0135]
+
+
 def test_the_value_that_a_setting_has_costs_nothing():
     found, _ = run(bowl(0.008, beta2=0.95), options=[("beta2", (0.9, 0.95, 0.99))], trials=5)
     assert tried(found, "beta2") == [0.95, 0.95, 0.95, 0.9, 0.99]
