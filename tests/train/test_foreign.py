@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sophia import micro_batch
+from sophia import micro_batch, optimizers
+from sophia.config import OptimizerSettings
 from tests.train import foreigners, runs
 from tests.train.test_train_guards import disturb, nan_gradient
 
@@ -102,6 +103,22 @@ def test_sophia_by_import_path_gets_its_curvature_from_the_hook(tmp_path, data):
     assert group["curvature_interval"] == 10
     lines = [line for line in runs.metrics(tmp_path / "run") if "clip_fraction" in line]
     assert all(0 < line["clip_fraction"] <= 1 for line in lines)
+
+
+def test_a_foreign_sophia_is_left_to_its_hook_and_skips_on_the_host(monkeypatch):
+    """Also on a device that is not waited for: a flag there would be nothing to a step that does not know it."""
+    monkeypatch.setattr(optimizers, "_READ_AT_ONCE", frozenset())
+    model = torch.nn.Linear(3, 2)
+    chosen = OptimizerSettings(optimizer="sophia:SophiaG", lr=0.1)
+    both = optimizers.Optimizers(chosen, model, seed=0)
+    assert not both.curvature_due
+    assert both.refreshes is None
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    both.step(skip=torch.tensor(1.0))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert not both.parts[0].state
 
 
 def test_a_constructor_of_keywords_takes_them_all(tmp_path, data):

@@ -23,13 +23,17 @@ LARGEST = 10_000
 class SOAP(Optimizer):
     """Adam on gradients that are turned into a slowly moving eigenbasis, matrix by matrix.
 
-        m ← β1 m + (1 − β1) g
-        v ← β2 v + (1 − β2) (Q_Rᵀ g Q_C)²
-        u ← Q_Rᵀ m Q_C / (1 − β1ᵗ) / (√(v / (1 − β2ᵗ)) + ε)
+        ĝ ← Q_Rᵀ g Q_C
+        m ← β1 m + (1 − β1) ĝ
+        v ← β2 v + (1 − β2) ĝ²
+        u ← m / (1 − β1ᵗ) / (√(v / (1 − β2ᵗ)) + ε)
         θ ← θ − η λ θ
         θ ← θ − η Q_R u Q_Cᵀ
         L ← β2 L + (1 − β2) g gᵀ,  R ← β2 R + (1 − β2) gᵀ g
-        every k steps: Q_R ← qr(L Q_R), Q_C ← qr(R Q_C); v moves with the columns, where their order changes
+        every k steps: Q_R ← qr(L Q_R), Q_C ← qr(R Q_C); m is turned from the old basis into the new one, v moves with
+        the columns, where their order changes
+
+    The paper turns m in every step; that it stays in the basis here is the same, at two thirds of the products.
 
     The first basis is made of the first gradient's eigenvectors, after the first step: in the basis of the very
     gradient that is being taken, rounding errors would be divided by rounding errors. So the first step is Adam's; the
@@ -122,14 +126,19 @@ class SOAP(Optimizer):
 
 def _adam(g: Tensor, state: State, *, beta1: float, beta2: float, eps: float) -> Tensor:
     """Adam's update for a learning rate of one, computed in the parameter's basis and turned back."""
-    basis = state.get("row_basis"), state.get("column_basis")
+    basis = _basis(state)
     state["step"] += 1
     t = int(state["step"])
-    state["exp_avg"].lerp_(g, 1 - beta1)
     turned = rotate(g, *basis)
+    state["exp_avg"].lerp_(turned, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
     deviation = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(eps)
-    return rotate_back(rotate(state["exp_avg"], *basis) / deviation.mul_(1 - beta1**t), *basis)
+    return rotate_back(state["exp_avg"] / deviation.mul_(1 - beta1**t), *basis)
+
+
+def _basis(state: State) -> tuple[Tensor | None, Tensor | None]:
+    """Of rows and columns; None where a side is not turned, or not yet."""
+    return state.get("row_basis"), state.get("column_basis")
 
 
 def _move_basis(g: Tensor, state: State, *, beta: float, interval: int) -> None:
@@ -137,17 +146,20 @@ def _move_basis(g: Tensor, state: State, *, beta: float, interval: int) -> None:
     fold_outer(state.get("row_statistics"), state.get("column_statistics"), g, 1 - beta)
     step = int(state["step"])
     sides = [(axis, side) for axis, side in enumerate(("row", "column")) if f"{side}_statistics" in state]
-    if sides and step == 1:
+    if not sides or (step > 1 and step % interval):
+        return
+    average = rotate_back(state["exp_avg"], *_basis(state))
+    if step == 1:
         for _, side in sides:
             state[f"{side}_basis"] = eigenvectors(state[f"{side}_statistics"])
         # The one gradient so far is still here: its squares can be taken in the new basis, too.
-        turned = rotate(g, state.get("row_basis"), state.get("column_basis"))
-        state["exp_avg_sq"] = turned.square_().mul_(1 - beta)
-    elif step % interval == 0:
+        state["exp_avg_sq"] = rotate(g, *_basis(state)).square_().mul_(1 - beta)
+    else:
         for axis, side in sides:
             basis, order = power_iteration(state[f"{side}_statistics"], state[f"{side}_basis"])
             state[f"{side}_basis"] = basis
             state["exp_avg_sq"] = state["exp_avg_sq"].index_select(axis, order)
+    state["exp_avg"] = rotate(average, *_basis(state))
 
 
 def _check(p: Tensor) -> None:
