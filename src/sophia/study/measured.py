@@ -20,9 +20,9 @@ class Cost:
     ratio: float
     """To the baseline's: the median over rounds, each of which runs all optimizers in turn."""
     ratio_low: float
-    """The least of the rounds."""
+    """Lower end of the median's 95 % interval, by ranks of the rounds (`statistics.median_interval`)."""
     ratio_high: float
-    """The greatest of the rounds."""
+    """Upper end."""
     rounds: int
     """Rounds measured."""
     steps_per_round: int

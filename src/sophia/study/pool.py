@@ -57,6 +57,8 @@ class Pool:
 
     def start(self, spec: RunSpec) -> None:
         """Give a run to an idle worker."""
+        for worker in [worker for worker in self._workers if worker.spec is None and not worker.process.is_alive()]:
+            self._end(worker)  # no fault of this run
         free = next((worker for worker in self._workers if worker.spec is None), None) or self._new()
         free.spec = spec
         with contextlib.suppress(OSError):  # it died, as `wait` will notice

@@ -26,6 +26,7 @@ from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan
 from sophia.study.runs import RunSpec, settings
 from sophia.study.settings import Study
+from sophia.study.statistics import median_interval
 from sophia.study.timed_case import Case, Stepping, weigh
 
 FILE = "timing.json"
@@ -189,6 +190,7 @@ def _rounds(
     for number, case in enumerate(wanted):
         reference = seconds[_reference(study, wanted, case)]
         ratios = [own / other for own, other in zip(seconds[number], reference, strict=True)]
+        low, high = median_interval(ratios)
         costs.append(
             Cost(
                 optimizer=case.name,
@@ -196,8 +198,8 @@ def _rounds(
                 tokens_per_step=case.spec.tokens_per_step,
                 seconds_per_step=statistics.median(seconds[number]),
                 ratio=statistics.median(ratios),
-                ratio_low=min(ratios),
-                ratio_high=max(ratios),
+                ratio_low=low,
+                ratio_high=high,
                 rounds=rounds,
                 steps_per_round=steps[number],
                 refreshes_per_round=made[number],
