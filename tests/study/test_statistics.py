@@ -9,7 +9,7 @@ from scipy import stats
 
 from sophia.study.curve import Curve, curves, mean_curve
 from sophia.study.speedup import Speedup, speedup
-from sophia.study.statistics import Estimate, difference, divided, mean
+from sophia.study.statistics import Estimate, difference, divided, mean, median_interval
 
 T = 1_000_000
 
@@ -44,6 +44,14 @@ def test_differences_are_paired_by_seed():
     assert found is not None
     assert (found.n, found.value) == (3, pytest.approx(0.2))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_of_a_median_is_the_one_of_the_binomial_table():
+    """Ranks as in tables of the sign test at 5 %: none below 6, the first for 6 to 8, the fourth for 15 to 16."""
+    ranks = {4: 1, 5: 1, 6: 1, 8: 1, 9: 2, 11: 2, 12: 3, 14: 3, 15: 4, 16: 4, 17: 5, 20: 6, 25: 8}
+    for n, rank in ranks.items():
+        values = random.Random(n).sample(range(1, n + 1), n)
+        assert median_interval([float(value) for value in values]) == (rank, n + 1 - rank)
 
 
 def test_time_counts_both_uncertainties():
@@ -193,11 +201,12 @@ def test_intervals_hold_the_truth_as_often_as_they_say(truth, complete, seeds):
 
 
 def test_intervals_in_time_hold_the_truth_at_least_as_often():
-    """The price of a token, 1.1, is the median of eight rounds that vary by 3 %, with their range."""
+    """The price of a token, 1.1, is the median of twelve rounds that vary by 3 %."""
     rng, held, studies = random.Random(13), 0, 1000
     for _ in range(studies):
-        rounds = [1.1 * math.exp(rng.gauss(0, 0.03)) for _ in range(8)]
-        price = Estimate(value=statistics.median(rounds), low=min(rounds), high=max(rounds), n=8)
+        rounds = [1.1 * math.exp(rng.gauss(0, 0.03)) for _ in range(12)]
+        low, high = median_interval(rounds)
+        price = Estimate(value=statistics.median(rounds), low=low, high=high, n=12)
         seconds = divided(known(speedup(*_study(rng, 1.3, 6, 6))), price)
         assert seconds.low is not None
         assert seconds.high is not None

@@ -1,5 +1,7 @@
 """What a reader of the results must know before believing them, a sentence each."""
 
+from collections.abc import Sequence
+
 from sophia.study.curve import mean_curve
 from sophia.study.evidence import plain
 from sophia.study.plan import Cell, roles
@@ -34,6 +36,10 @@ def amount(tokens: float) -> str:
         if tokens >= size:
             return f"{tokens / size:.4g} {unit}"
     return f"{tokens:.4g}"
+
+
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _file(table: Standings, committed: bool | None) -> list[str]:
@@ -86,8 +92,8 @@ def _diverged(table: Standings) -> list[str]:
         lost = [spec for spec in cell.finals if spec.id in table.finished and table.finished[spec.id].val_loss is None]
         if lost:
             told.append(
-                f"{_place(cell)}: {len(lost)} of {len(cell.finals)} final runs diverged (seeds "
-                f"{', '.join(str(spec.seed) for spec in lost)})"
+                f"{_place(cell)}: {len(lost)} of {len(cell.finals)} final runs diverged "
+                f"({_numbered('seed', [spec.seed for spec in lost])})"
                 + ("; the baseline's curve leaves them out" if cell.optimizer == table.study.race.baseline else "")
             )
         found = [plain(trial.spec.settings) for trial in cell.trials if trial.finished and trial.loss is None]
@@ -127,7 +133,7 @@ def _curve(table: Standings) -> list[str]:
         shifted = table.standing(table.cell(entry.name), table.cell(race.baseline)).shifted
         if shifted:
             told.append(
-                f"{entry.name}: seeds {', '.join(map(str, shifted))} have not run at all of {race.baseline}'s budgets; "
+                f"{entry.name}: {race.baseline} has not run at all of its budgets with {_numbered('seed', shifted)}; "
                 "there its mean curve counts, shifted by the seed's difference at T"
             )
     return told
@@ -174,9 +180,11 @@ def _ablations(table: Standings) -> list[str]:
 
 def _timing(table: Standings) -> list[str]:
     noisy, few = [], set()
+    common = table.study.race.tokens_per_step
     for cost in table.costs:
         if (cost.ratio_high - cost.ratio_low) / cost.ratio > _NOISY:
-            noisy.append(f"{cost.optimizer} {cost.ratio_low:.2f} to {cost.ratio_high:.2f}")
+            batch = "" if cost.tokens_per_step == common else f" at {cost.tokens_per_step} tokens"
+            noisy.append(f"{cost.optimizer}{batch} {cost.ratio_low:.2f} to {cost.ratio_high:.2f}")
         if cost.rounds < _ENOUGH_ROUNDS:
             few.add(cost.rounds)
     told = []

@@ -56,6 +56,20 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estima
     return mean([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval of the median whatever the distribution, by ranks: the j-th least and the j-th greatest value.
+
+    The median lies below the j-th least of n with probability P(B < j), B binomial of n and 1/2. j is the largest for
+    which the interval is of the confidence; with fewer than 6 values, none is, and their whole range comes back.
+    """
+    n, outside, rank = len(values), 1, 1  # outside / 2**n: the chance to lie below the rank-th least
+    while rank <= n // 2 and 2 * (outside + math.comb(n, rank)) <= (1 - CONFIDENCE) * 2**n:
+        outside += math.comb(n, rank)
+        rank += 1
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[n - rank]
+
+
 def exponential(logs: Estimate) -> Estimate:
     """From logarithms to ratios."""
     low = None if logs.low is None else math.exp(logs.low)

@@ -76,7 +76,7 @@ def _where(results: Mapping[str, Any], tokens: Numbers) -> str:
     seeds = f"{n} seed{'s' if n != 1 else ''}"
     parts = [
         seeds if tokens["low"] is None else f"95 % intervals over {seeds}",
-        f"{model['model']}, {model['parameters'] / 1e6:.1f} M parameters",
+        f"{model['model']}, {amount(model['parameters'])} parameters",
         f"text: {re.split(r' *[(:;,]', study['text'])[0]}",
     ]
     return f" ({'; '.join(parts)})"
