@@ -189,7 +189,7 @@ def _timing(table: Standings) -> list[str]:
             few.add(cost.rounds)
     told = []
     if noisy:
-        told.append(f"the machine was busy: over rounds the times beside the baseline's vary: {', '.join(noisy)}")
+        told.append(f"the machine was busy: a step's time beside the baseline's is known poorly: {', '.join(noisy)}")
     if few:
         told.append(
             f"times come from {min(few)} rounds, fewer than {_ENOUGH_ROUNDS}: their range is no 95 % interval of the "
