@@ -43,7 +43,9 @@ def everything(params, optimizer):
 
 
 @runs_kernels
-@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"state_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"foreach": True}, {"state_dtype": torch.bfloat16}, {"bias_correction": True}], ids=str
+)
 def test_time_on_the_device_is_the_same_time(settings):
     path = {} if settings.get("foreach") else {"fused": True}
     (params, optimizer), (others, plain) = build(**settings, **path, capturable=True), build(**settings, **path)
