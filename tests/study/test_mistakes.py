@@ -277,6 +277,7 @@ def test_beyond_the_range_there_is_no_extrapolation():
     assert best["speedup_tokens"]["low"] is best["speedup_tokens"]["high"] is None
     assert flagged(example, "sophia-g", "below all", "at least 4", "without an interval")
     assert flagged(example, "lion", "above all", "at most 0.5")
+    assert flagged(example, "sophia-g at its best batch", "at least 4")
 
 
 def test_a_baseline_that_does_not_fall():

@@ -103,7 +103,10 @@ def test_a_seed_without_all_budgets_borrows_the_mean_curve_at_its_own_height():
     assert found[3].shifted == (T // 2, 2 * T)
     assert set(curves(losses, T, without=1)) == {2, 3}
     assert curves(losses, T, without=1)[3].losses == pytest.approx((3.4 + 0.2, 3.4, 3.4 - 0.2))
-    assert mean_curve(losses).losses == pytest.approx((3.2, 9.5 / 3, 2.8))
+    mean_of_all = mean_curve(losses, T)
+    assert mean_of_all is not None
+    assert mean_of_all.losses == pytest.approx((9.95 / 3, 9.5 / 3, 8.75 / 3))
+    assert mean_curve({T // 2: {1: 3.1}}, T) is None
 
 
 def ladder(seeds: tuple[int, ...], luck: dict[int, float] | None = None) -> dict[int, dict[int, float]]:

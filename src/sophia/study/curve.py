@@ -59,11 +59,16 @@ def curves(losses: Losses, anchor: int, *, without: int | None = None) -> dict[i
     return {seed: _curve(kept, at_anchor, seed) for seed in sorted(at_anchor)}
 
 
-def mean_curve(losses: Losses) -> Curve:
-    """The mean over seeds at each budget that has any: for plots and for the check that it falls."""
-    budgets = [tokens for tokens in sorted(losses) if losses[tokens]]
-    means = tuple(_mean(list(losses[tokens].values())) for tokens in budgets)
-    return Curve(tokens=tuple(budgets), losses=means)
+def mean_curve(losses: Losses, anchor: int) -> Curve | None:
+    """The mean over all seeds' curves; None before there is one.
+
+    A mean over whatever runs a budget has would mix the difference of budgets with that of seeds.
+    """
+    found = list(curves(losses, anchor).values())
+    if not found:
+        return None
+    means = tuple(_mean(at_budget) for at_budget in zip(*(curve.losses for curve in found), strict=True))
+    return Curve(tokens=found[0].tokens, losses=means)
 
 
 def _curve(losses: Losses, at_anchor: Mapping[int, float], seed: int) -> Curve:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sophia.study.curve import mean_curve
 from sophia.study.evidence import plain
 from sophia.study.plan import Cell, roles
-from sophia.study.standing import Standings
+from sophia.study.standing import Standing, Standings
 
 _ENOUGH_SEEDS = 6
 _ENOUGH_TRIALS = 5
@@ -123,11 +123,11 @@ def _curve(table: Standings) -> list[str]:
     race, told = table.study.race, []
     sizes = dict.fromkeys(c.tokens_per_step for c in table.plan.cells if c.optimizer == race.baseline)
     for size in sizes:
-        curve = mean_curve(table.baseline(size))
+        curve = mean_curve(table.baseline(size), race.tokens)
         told += [
             f"{race.baseline}'s loss does not fall from {amount(smaller)} to {amount(larger)} tokens at {size} a step: "
             "the least budget that reaches a loss counts, and its learning rates there deserve more trials"
-            for smaller, larger in curve.rises()
+            for smaller, larger in (curve.rises() if curve is not None else ())
         ]
     for entry in table.study.optimizers:
         shifted = table.standing(table.cell(entry.name), table.cell(race.baseline)).shifted
@@ -140,22 +140,29 @@ def _curve(table: Standings) -> list[str]:
 
 
 def _bounds(table: Standings) -> list[str]:
-    race, told = table.study.race, []
-    reference = table.cell(race.baseline)
+    race, reference = table.study.race, table.cell(table.study.race.baseline)
+    told = []
     for entry in table.study.optimizers:
-        standing = table.standing(table.cell(entry.name), reference)
-        if standing.both_sides:
-            told.append(
-                f"{entry.name}: losses lie on both sides of what {race.baseline} was run at, so there is no speed-up: "
-                "give it more budgets"
-            )
-        elif standing.tokens is not None and standing.tokens.bound is not None:
-            where = "below" if standing.tokens.bound == "at least" else "above"
-            told.append(
-                f"{entry.name}: a loss lies {where} all that {race.baseline} was run at, so its speed-up is "
-                f"{standing.tokens.bound} {standing.tokens.value:.3g}, without an interval"
-            )
+        told += _beyond(entry.name, race.baseline, table.standing(table.cell(entry.name), reference))
+    if race.headline and race.other_batches:
+        standing = table.standing(table.best_batch(race.headline), table.best_batch(race.baseline))
+        told += _beyond(f"{race.headline} at its best batch", race.baseline, standing)
     return told
+
+
+def _beyond(who: str, baseline: str, standing: Standing) -> list[str]:
+    if standing.both_sides:
+        return [
+            f"{who}: losses lie on both sides of what {baseline} was run at, so there is no speed-up: give it more "
+            "budgets"
+        ]
+    if standing.tokens is None or standing.tokens.bound is None:
+        return []
+    where = "below" if standing.tokens.bound == "at least" else "above"
+    return [
+        f"{who}: a loss lies {where} all that {baseline} was run at, so its speed-up is {standing.tokens.bound} "
+        f"{standing.tokens.value:.3g}, without an interval"
+    ]
 
 
 def _batches(table: Standings) -> list[str]:
