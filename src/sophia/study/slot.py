@@ -106,8 +106,6 @@ class Slot:
     @property
     def runs_left(self) -> int:
         """Runs until this place is done, those that are not known yet estimated."""
-        if self.lost:
-            return 0
         if self.searched:
             return sum(spec.id not in self.place.finished for spec in self.finals)
         done = sum(trial.finished for trial in self.trials)
