@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sophia.presets import PRESETS
-from sophia.study import evidence, verdict
+from sophia.study import evidence, plain, verdict
 from sophia.study.flags import flags
 from sophia.study.measured import Cost
-from sophia.study.plan import AblationCell, Cell, Plan, Trial, roles
-from sophia.study.runs import FinishedRun, Settings
+from sophia.study.plan import AblationCell, Cell, Plan, roles
+from sophia.study.runs import FinishedRun
 from sophia.study.settings import Entry, Study
 from sophia.study.standing import Standings, final_loss, paired
-from sophia.study.statistics import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +118,12 @@ def _study(study: Study, context: StudyContext) -> dict[str, Any]:
 
 
 def _model(study: Study, context: StudyContext) -> dict[str, Any]:
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(study.model).items()}
+    shape = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(study.model).items()}
     base = PRESETS.get(study.model.model)
     if base is not None and study.model.init_from is None:
-        shape = ("layers", "heads", "width", "attention_scale_by_layer")
-        plain |= {name: getattr(base, name) for name in shape if plain[name] is None}
-    return {**plain, "context": context.context, "parameters": context.parameters, "vocab_size": context.vocab_size}
+        left_open = [name for name in ("layers", "heads", "width", "attention_scale_by_layer") if shape[name] is None]
+        shape |= {name: getattr(base, name) for name in left_open}
+    return {**shape, "context": context.context, "parameters": context.parameters, "vocab_size": context.vocab_size}
 
 
 def _machine(context: StudyContext, finished: Mapping[str, FinishedRun]) -> dict[str, Any]:
@@ -150,14 +149,14 @@ def _optimizer(table: Standings, entry: Entry) -> dict[str, Any]:
     return {
         "optimizer": entry.optimizer,
         "hook": entry.hook or None,
-        "best": _settings(None if cell is None else cell.best),
-        "final_loss": _loss(final_loss(table.losses(cell))),
-        "speedup_tokens": _estimate(standing.tokens),
-        "speedup_seconds": _estimate(standing.seconds),
-        "speedup_flops": _estimate(standing.flops),
+        "best": plain.settings(None if cell is None else cell.best),
+        "final_loss": plain.loss(final_loss(table.losses(cell))),
+        "speedup_tokens": plain.estimate(standing.tokens),
+        "speedup_seconds": plain.estimate(standing.seconds),
+        "speedup_flops": plain.estimate(standing.flops),
         "claim": standing.claim,
         "claim_seconds": standing.claim_seconds,
-        "cost": _cost(table.cost(entry.name, race.tokens_per_step)),
+        "cost": plain.cost(table.cost(entry.name, race.tokens_per_step)),
         "trials": 0 if cell is None else sum(trial.finished for trial in cell.trials),
         "searches": [_search(one) for one in searches],
         "paper_test": _paper_test(table, entry.name),
@@ -172,12 +171,8 @@ def _search(cell: Cell) -> dict[str, Any]:
         "tokens": cell.steps * cell.tokens_per_step,
         "tokens_per_step": cell.tokens_per_step,
         "edges": list(cell.edges),
-        "trials": [_trial(trial) for trial in cell.trials if trial.finished],
+        "trials": [plain.trial(trial) for trial in cell.trials if trial.finished],
     }
-
-
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {"settings": _settings(trial.spec.settings), "loss": trial.loss, "why": trial.why, "id": trial.spec.id}
 
 
 def _paper_test(table: Standings, name: str) -> dict[str, Any] | None:
@@ -189,8 +184,8 @@ def _paper_test(table: Standings, name: str) -> dict[str, Any] | None:
     losses = table.losses(half)
     return {
         "tokens": half.steps * half.tokens_per_step,
-        "loss": _loss(final_loss(losses)),
-        "difference": _difference(paired(losses, table.losses(table.cell(race.baseline)))),
+        "loss": plain.loss(final_loss(losses)),
+        "difference": plain.difference(paired(losses, table.losses(table.cell(race.baseline)))),
     }
 
 
@@ -204,10 +199,10 @@ def _best_batch(table: Standings, name: str) -> dict[str, Any] | None:
     standing = table.standing(cell, reference)
     return {
         "tokens_per_step": cell.tokens_per_step,
-        "best": _settings(cell.best),
-        "final_loss": _loss(final_loss(table.losses(cell))),
-        "speedup_tokens": _estimate(standing.tokens),
-        "speedup_seconds": _estimate(standing.seconds),
+        "best": plain.settings(cell.best),
+        "final_loss": plain.loss(final_loss(table.losses(cell))),
+        "speedup_tokens": plain.estimate(standing.tokens),
+        "speedup_seconds": plain.estimate(standing.seconds),
         "claim": standing.claim,
     }
 
@@ -228,7 +223,7 @@ def _point(table: Standings, cell: Cell) -> dict[str, Any]:
         "tokens": cell.steps * cell.tokens_per_step,
         "tokens_per_step": cell.tokens_per_step,
         "lr": None if cell.best is None else dict(cell.best)["lr"],
-        "loss": _loss(final_loss(table.losses(cell))),
+        "loss": plain.loss(final_loss(table.losses(cell))),
     }
 
 
@@ -239,13 +234,13 @@ def _ablation(table: Standings, cell: AblationCell) -> dict[str, Any]:
     return {
         "name": cell.name,
         "of": cell.of,
-        "settings": _settings(wanted.settings),
-        "best": _settings(cell.best),
-        "final_loss": _loss(final_loss(losses)),
-        "difference": _difference(paired(losses, table.losses(table.cell(cell.of)))),
+        "settings": plain.settings(wanted.settings),
+        "best": plain.settings(cell.best),
+        "final_loss": plain.loss(final_loss(losses)),
+        "difference": plain.difference(paired(losses, table.losses(table.cell(cell.of)))),
         "searched": bool(wanted.lr_factors),
-        "trials": [_trial(trial) for trial in cell.trials if trial.finished],
-        "cost": _cost(cost),
+        "trials": [plain.trial(trial) for trial in cell.trials if trial.finished],
+        "cost": plain.cost(cost),
     }
 
 
@@ -269,7 +264,7 @@ def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) ->
         "id": spec.id,
         "optimizer": spec.optimizer,
         "ablation": ablation,
-        "settings": _settings(spec.settings),
+        "settings": plain.settings(spec.settings),
         "seed": spec.seed,
         "tokens": spec.tokens,
         "steps": spec.steps,
@@ -282,33 +277,3 @@ def _run(table: Standings, run: FinishedRun, role: str, ablation: str | None) ->
         "date": run.date,
         "curve": [dataclasses.asdict(point) for point in run.curve],
     }
-
-
-def _settings(settings: Settings | None) -> dict[str, Any] | None:
-    if settings is None:
-        return None
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
-
-
-def _cost(cost: Cost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    names = ("seconds_per_step", "ratio", "ratio_low", "ratio_high", "rounds", "flops_per_step", "peak_memory_bytes")
-    return {name: getattr(cost, name) for name in names}
-
-
-def _estimate(found: Estimate | None) -> dict[str, Any]:
-    if found is None:
-        return {"value": None, "low": None, "high": None, "n": 0, "bound": None}
-    return dataclasses.asdict(found)
-
-
-def _difference(found: Estimate | None) -> dict[str, Any]:
-    plain = _estimate(found)
-    del plain["bound"]
-    return plain
-
-
-def _loss(found: Estimate | None) -> dict[str, Any]:
-    plain = _difference(found)
-    return {"mean": plain.pop("value"), **plain}
