@@ -362,3 +362,16 @@ def test_what_is_left_is_honest_from_the_start_and_falls(whole):
         assert now.steps_left <= before.steps_left
         assert now.done is (now.steps_left == 0)
         before = now
+
+
+def test_without_a_search_all_run_as_the_file_has_them():
+    study = study_of("adamw", "sophia-g", ablations=ABLATIONS[:1], trials=0, retrials=0, other_batches=(1024,))
+    finished = simulate(study, loss_of)
+    assert plan(study, finished).done
+    assert {spec.seed for spec in specs(finished)} == {1, 2, 3, 4}
+    rates = {(spec.optimizer, spec.tokens_per_step): dict(spec.settings)["lr"] for spec in specs(finished)}
+    assert rates["adamw", STEP] == 8e-3
+    assert rates["sophia-g", STEP] == 2e-3
+    assert rates["adamw", 1024] == 5.66e-3  # by the root of the batch
+    # Half, once, twice and four times T for adamw; half and once for sophia-g; the other batch; one ablation.
+    assert len(finished) == (4 + 4 + 3 + 3) + (4 + 4) + (4 + 4) + 3

@@ -192,7 +192,7 @@ MISTAKES = [
     (with_race("headline = 'adamw'"), ["the baseline itself"]),
     (with_race("baseline = 'adam'"), ["race.baseline is 'adam'", "did you mean adamw?"]),
     (with_race("trials = 2"), ["race.trials is 2; it must be at least 3"]),
-    (with_race("retrials = 0"), ["race.retrials is 0; it must be at least 1"]),
+    (with_race("retrials = -1"), ["race.retrials is -1; it must be at least 1, or 0"]),
     (with_race("factor = 1"), ["race.factor is 1.0; it must be at least 1.1"]),
     (with_race("factor = 0.5"), ["race.factor is 0.5"]),
     (with_race("factor = nan"), ["race.factor is nan"]),
@@ -334,3 +334,19 @@ def test_the_command_ends_with_the_line(tmp_path, capsys):
     path.write_text(changed("lr = 8e-3\n", ""), encoding="utf-8")
     assert main(["compare", str(path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("sophia: study.toml: optimizer adamw: no lr")
+
+
+def test_rows_are_asked_of_the_batches_where_an_entry_runs(read):
+    """Ablations run at the common batch alone, of 16 sequences here; one of 8 is the headline pair's."""
+    batches = RACE + 'headline = "sophia"\nother_batches = [1024]\n'
+    rows = '[[ablation]]\nname = "all rows"\nof = "sophia"\ncurvature_rows = 16\n'
+    assert read(HEAD + batches + ADAMW + SOPHIA + rows).ablations[0].settings == settings(curvature_rows=16)
+    with pytest.raises(ValueError, match="curvature_rows is 16, but a step has 8 sequences"):
+        read(HEAD + batches + ADAMW + SOPHIA.replace("gamma = 0.5", "gamma = 0.5\ncurvature_rows = 16"))
+    read(
+        HEAD
+        + batches.replace("sophia", "adamw2")
+        + ADAMW
+        + ADAMW.replace("adamw", "adamw", 1).replace("lr = 8e-3", 'lr = 8e-3\nname = "adamw2"')
+        + SOPHIA.replace("gamma = 0.5", "gamma = 0.5\ncurvature_rows = 16")
+    )

@@ -22,8 +22,11 @@ _SEEDS = 2**63
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "tokens": (lambda x: x >= 1, "at least 1"),
     "tokens_per_step": (lambda x: x >= 1, "at least 1"),
-    "trials": (lambda x: x >= _GRID, f"at least {_GRID}, the learning rates that a search begins with"),
-    "retrials": (lambda x: x >= 1, "at least 1"),
+    "trials": (
+        lambda x: x == 0 or x >= _GRID,
+        f"at least {_GRID}, the learning rates that a search begins with, or 0 for no search at all",
+    ),
+    "retrials": (lambda x: x >= 0, "at least 1, or 0 for no search at other budgets and batches"),
     "factor": (lambda x: _LEAST_FACTOR <= x < math.inf, f"at least {_LEAST_FACTOR}, since rates have three digits"),
     "warmup_fraction": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "final_lr_fraction": (lambda x: 0 <= x <= 1, "between 0 and 1"),

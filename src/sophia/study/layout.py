@@ -57,15 +57,17 @@ def _main_slot(study: Study, entry: Entry, finished: Mapping[str, FinishedRun]) 
             return False
         return True
 
-    found = search(
-        lr=entry.lr,
-        others=entry.settings,
-        options=entry.search,
-        trials=race.trials,
-        factor=race.factor,
-        loss_of=place.loss,
-        allowed=allowed,
-    )
+    found = _given(changed(entry.settings, lr=entry.lr))
+    if race.trials:
+        found = search(
+            lr=entry.lr,
+            others=entry.settings,
+            options=entry.search,
+            trials=race.trials,
+            factor=race.factor,
+            loss_of=place.loss,
+            allowed=allowed,
+        )
     return Slot(place=place, seeds=_seeds(study, entry, 1.0), found=found, expected=race.trials, main=True)
 
 
@@ -81,7 +83,9 @@ def _retuned_slot(
         # The noise of a gradient falls with the root of the batch, and rates of such optimizers rise with it.
         lr = rate(rate_of(centre.best), ratio, Fraction(1, 2))
         around = changed(centre.best, lr=lr)
-        found = retune(settings=around, rates=race.retrials, factor=race.factor, loss_of=place.loss)
+        found = _given(around)
+        if race.retrials:
+            found = retune(settings=around, rates=race.retrials, factor=race.factor, loss_of=place.loss)
     return Slot(
         place=place,
         seeds=_seeds(study, entry, budget),
@@ -102,9 +106,14 @@ def ablation_slot(study: Study, ablation: Ablation, slots: Sequence[Slot], finis
         if ablation.lr_factors:
             found = scan(settings=wanted, factors=ablation.lr_factors, loss_of=place.loss)
         else:
-            found = Found(candidates=(), done=True, best=wanted, edges=())
+            found = _given(wanted)
     lost = main.searched and main.best is None
     return Slot(place=place, seeds=study.race.seeds, found=found, expected=len(ablation.lr_factors), lost=lost)
+
+
+def _given(settings: Settings) -> Found:
+    """No search at all."""
+    return Found(candidates=(), done=True, best=settings, edges=())
 
 
 def _place(study: Study, entry: Entry, budget: float, batch: int, finished: Mapping[str, FinishedRun]) -> Place:

@@ -49,10 +49,11 @@ class RaceSettings:
     search_seed: int = 0
     """Seed of the search; not among the final ones, so that no optimizer is judged by the luck it was chosen for."""
     trials: int = 8
-    """Runs of each optimizer's search at budget T, the same number for all."""
+    """Runs of each optimizer's search at budget T, the same number for all; 0: none, all run as the file has them, and
+    the report calls them untuned."""
     retrials: int = 3
     """Learning rates tried at every other budget and batch, around the best at T; more where the best is on the
-    edge."""
+    edge; 0: none, that of T holds."""
     factor: float = 2.0
     """Ratio of neighbouring learning rates; the search refines by its root."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
