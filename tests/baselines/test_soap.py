@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sophia.optim import soap
 from sophia.optim.eigenbasis import eigenvectors, fold_outer, power_iteration, rotate, rotate_back
 from sophia.optim.soap import SOAP
 from tests.baselines import references
@@ -198,3 +199,9 @@ def test_parameters_that_it_has_no_meaning_for(parameter, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [parameter]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_shard_is_refused(monkeypatch):
+    monkeypatch.setattr(soap, "is_dtensor", lambda p: True)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) is a DTensor: SOAP needs whole matrices; use DDP"):
+        SOAP([torch.ones(2, 3, requires_grad=True)])
