@@ -143,6 +143,16 @@ def test_without_a_timing_there_is_no_time_and_nothing_is_complete():
     assert "have not been timed" in found["verdict"]
 
 
+def test_the_verdict_waits_for_all_budgets_of_the_pair_and_for_nobody_else():
+    example = Example()
+    example.plan = replace(example.plan, done=False)  # ablations go on
+    assert example.results()["verdict"].startswith("sophia-g saves")
+    for one in (example.cell("muon"), example.cell("adamw", 2.0)):
+        example.put(one, trials=(*one.trials[:-1], replace(one.trials[-1], finished=False)), best=None, finals=())
+        waits = one.optimizer == "adamw"
+        assert ("searches at other budgets go on" in example.results()["verdict"]) is waits
+
+
 def simulated(study, most=10_000):
     def loss(spec):
         found = loss_of(spec)
