@@ -12,7 +12,7 @@ from sophia.report.axes import Area, frame, log_ticks, short, size, text_width
 from sophia.report.axes import title as set_title
 from sophia.report.looks import INK, MUTED, Look
 from sophia.report.picture import Panel, Picture
-from sophia.report.reading import Estimate, Results, claimed, estimate, items
+from sophia.report.reading import Estimate, Results, claimed, estimate, records
 
 _SIZE = 8.0
 _BOTTOM = 0.3  # inches
@@ -75,7 +75,7 @@ def speedups(results: Results, looks: dict[str, Look]) -> Picture | None:
 def ablations(results: Results) -> Picture | None:
     """What each change does to the loss; None where none has run."""
     bars = []
-    changes = [change for change in items(results.record, "ablations") if isinstance(change, dict)]
+    changes = records(results.record, "ablations")
     several = len({change.get("of") for change in changes}) > 1
     for change in changes:
         found = estimate(change, "difference")
@@ -85,7 +85,7 @@ def ablations(results: Results) -> Picture | None:
     if not bars:
         return None
     panel = _panel(
-        "Change in loss", bars, neutral=0.0, logarithmic=False, write=_short_difference, width=4.6, longest=32
+        "Change in loss", bars, neutral=0.0, logarithmic=False, write=_short_difference, width=3.9, longest=28
     )
     return Picture(
         name="ablations",

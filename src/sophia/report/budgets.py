@@ -11,7 +11,7 @@ from sophia.report import numbers
 from sophia.report.axes import Area, Label, frame, label_ends, label_width, short, title
 from sophia.report.looks import MUTED, Look
 from sophia.report.picture import Panel, Picture
-from sophia.report.reading import Estimate, Results, estimate, items, number
+from sophia.report.reading import Estimate, Results, estimate, number, records
 
 
 class Budget(NamedTuple):
@@ -25,15 +25,14 @@ def budgets(results: Results, looks: dict[str, Look]) -> Picture | None:
     """The baseline's L(D) with the others at T; None where the baseline has no two budgets yet."""
     lines = _by_batch(results)
     common = lines.get(results.tokens_per_step or 0.0, [])
-    if not common or not results.tokens:
+    if not common or not results.tokens or results.baseline not in looks:
         return None
     read = ", ".join(f"{numbers.budget(b.tokens, results.tokens)} {numbers.loss(b.loss.value)}" for b in common)
     panel = Panel(
         draw=partial(_draw, results=results, looks=looks, lines=lines),
         description=f"Final loss of {results.baseline} against its budget: {read}. Losses of the other optimizers at "
         "T, and the budget at which the baseline reaches each.",
-        width=4.4,
-        height=3.6,
+        height=3.3,
     )
     return Picture(
         name="budgets",
@@ -49,7 +48,7 @@ def budgets(results: Results, looks: dict[str, Look]) -> Picture | None:
 
 def _by_batch(results: Results) -> dict[float, list[Budget]]:
     found: dict[float, list[Budget]] = {}
-    for point in items(results.record, "baseline_curve"):
+    for point in records(results.record, "baseline_curve"):
         tokens, loss, batch = number(point.get("tokens")), estimate(point, "loss"), number(point.get("tokens_per_step"))
         if tokens and loss and batch:
             found.setdefault(batch, []).append(Budget(tokens, loss))

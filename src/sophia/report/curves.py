@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sophia.report import numbers
-from sophia.report.axes import Area, Label, frame, label_ends, label_width, log_ticks, title
+from sophia.report.axes import Area, Label, frame, label_ends, label_width, log_ticks, size, title
 from sophia.report.looks import Look
 from sophia.report.picture import Panel, Picture
-from sophia.report.reading import Record, Results, estimate, items, number, part
+from sophia.report.reading import Record, Results, estimate, number, part, records
 
 _CUT = 0.5  # of the run, whose fall from the initial loss is cut off: it would flatten all that follows
 
@@ -38,12 +38,13 @@ class Axis(NamedTuple):
     write: Callable[[object], str]
 
 
+_UNITS = {"flops": "FLOP", "seconds": "seconds"}
 _TITLES = {"flops": "operations", "seconds": "time"}
 _AXES = (
     Axis("tokens", "tokens", numbers.count),
     Axis("steps", "steps", numbers.count),
-    Axis("flops", "floating-point operations, curvature included", numbers.operations),
-    Axis("seconds", "time (training, as timed in turn)", numbers.seconds),
+    Axis("flops", "FLOP, curvature included", numbers.count),
+    Axis("seconds", "seconds, as timed in turn", numbers.count),
 )
 
 
@@ -57,10 +58,11 @@ def loss_curves(results: Results, looks: dict[str, Look]) -> Picture | None:
         scale = {band.name: _whole(results, band.name, axis.key) for band in bands}
         shown = [band for band in bands if scale[band.name]]
         if shown:
+            units, scale = _in_its_unit(axis, scale)
             panels.append(
                 Panel(
-                    draw=partial(_draw_losses, results=results, bands=shown, scale=scale, axis=axis, looks=looks),
-                    description=f"Validation loss against {axis.label}. At the end: " + _ends(shown),
+                    draw=partial(_draw_losses, results=results, bands=shown, scale=scale, axis=units, looks=looks),
+                    description=f"Validation loss against {units.label}. At the end: " + _ends(shown),
                 )
             )
     return Picture(
@@ -77,7 +79,7 @@ def clip_curves(results: Results, looks: dict[str, Look]) -> Picture | None:
     """The clipped share of the coordinates over the steps; None where no optimizer clips."""
     lines = {}
     for name, entry in results.entries.items():
-        points = [(number(point.get("step")), number(point.get("mean"))) for point in items(entry, "clip_fraction")]
+        points = [(number(point.get("step")), number(point.get("mean"))) for point in records(entry, "clip_fraction")]
         lines[name] = [(step, mean) for step, mean in points if step is not None and mean is not None]
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
@@ -101,7 +103,7 @@ def _band(results: Results, name: str, look: Look) -> Band | None:
     curves = []
     for run in results.finals(name):
         steps = number(run.get("steps"))
-        points = {number(point.get("step")): number(point.get("val_loss")) for point in items(run, "curve")}
+        points = {number(point.get("step")): number(point.get("val_loss")) for point in records(run, "curve")}
         good = {step: value for step, value in points.items() if step is not None and value is not None}
         if steps and good and number(run.get("val_loss")) is not None:
             curves.append({step / steps: value for step, value in good.items()})
@@ -118,6 +120,20 @@ def _whole(results: Results, name: str, key: str) -> float | None:
     """What the final runs of an optimizer took, on the average."""
     found = [value for run in results.finals(name) if (value := number(run.get(key))) is not None]
     return sum(found) / len(found) if found else None
+
+
+def _in_its_unit(axis: Axis, scale: dict[str, float | None]) -> tuple[Axis, dict[str, float | None]]:
+    """Large times and operations in a unit of which there are few, so that ticks are round and short."""
+    most = max(value for value in scale.values() if value is not None)
+    unit, name = 1.0, ""
+    if axis.key == "seconds" and most >= 180:
+        unit, name = (60.0, "minutes") if most < 10_800 else (3600.0, "hours")
+    elif axis.key == "flops":
+        unit, name = numbers.operations_unit(most)
+    if not name:
+        return axis, scale
+    scaled = {optimizer: None if value is None else value / unit for optimizer, value in scale.items()}
+    return axis._replace(label=axis.label.replace(_UNITS[axis.key], name)), scaled
 
 
 def _ends(bands: Sequence[Band]) -> str:
@@ -176,21 +192,19 @@ def _write_ticks(axes: Axes, axis: Axis, *, logarithmic: bool) -> None:
         axes.set_xticks(log_ticks(*axes.get_xlim(), 5))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=axis.key == "steps"))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins=max(2, min(4, int(size(axes)[0] // 35))), integer=axis.key == "steps")
+        )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.write(value) if value else "0"))
 
 
 def _other_budgets(results: Results, looks: dict[str, Look]) -> list[tuple[Look, float, float, str]]:
     """Ends of runs at other budgets than T, at the common batch."""
     found = []
-    for point in items(results.record, "baseline_curve"):
+    for point in records(results.record, "baseline_curve"):
         tokens, loss = number(point.get("tokens")), estimate(point, "loss")
-        if (
-            tokens
-            and loss
-            and tokens != results.tokens
-            and number(point.get("tokens_per_step")) == results.tokens_per_step
-        ):
+        common = number(point.get("tokens_per_step")) == results.tokens_per_step
+        if tokens and loss and common and tokens != results.tokens and results.baseline in looks:
             found.append((looks[results.baseline], tokens, loss.value, results.baseline))
     for name, entry in results.entries.items():
         test: Record = part(entry, "paper_test")

@@ -3,7 +3,7 @@
 from sophia.report import numbers
 from sophia.report.markup import Column, Markup, Row, join, table, tag
 from sophia.report.parts import differences, losses, missing, settings, speedups
-from sophia.report.reading import Estimate, Record, Results, claimed, estimate, items, number, part
+from sophia.report.reading import Estimate, Record, Results, claimed, estimate, number, part, records
 
 
 def race(results: Results) -> Markup:
@@ -28,7 +28,7 @@ def race(results: Results) -> Markup:
         )
     columns = (
         Column("Optimizer"),
-        Column("Final loss (nats a token)", numeric=True),
+        Column("Final loss", numeric=True),
         Column("Seeds", numeric=True),
         Column("Speed-up in tokens", numeric=True),
         Column("in time", numeric=True),
@@ -36,9 +36,9 @@ def race(results: Results) -> Markup:
         Column("Claim"),
     )
     caption = (
-        f"All optimizers at budget T and equal batch, lowest loss first. Speed-up: how many times T "
+        f"All optimizers at budget T and equal batch, lowest loss first, in nats a token. Speed-up: how many times T "
         f"{results.baseline or 'the baseline'} needs for the same loss. In parentheses "
-        "95 % intervals over seeds. No claim where the interval holds 1."
+        "95 % intervals over seeds. The claim is what the intervals in tokens and in time allow to say."
     )
     return table(caption, columns, rows, label="Final losses and speed-ups")
 
@@ -46,7 +46,7 @@ def race(results: Results) -> Markup:
 def baseline_budgets(results: Results) -> Markup | None:
     """The baseline's own runs."""
     points = sorted(
-        (point for point in items(results.record, "baseline_curve") if isinstance(point, dict)),
+        records(results.record, "baseline_curve"),
         key=lambda point: (
             number(point.get("tokens_per_step")) != results.tokens_per_step,  # the common batch first
             number(point.get("tokens_per_step")) or 0,
@@ -140,38 +140,10 @@ def best_batch(results: Results) -> Markup:
     return table("Each optimizer at the batch that suits it best, at budget T.", columns, rows, label="Best batches")
 
 
-def costs(results: Results) -> Markup:
-    """What an update costs."""
-    rows = []
-    for name, entry in results.entries.items():
-        cost = part(entry, "cost")
-        if cost:
-            rows.append((tag("span", name, class_="plain"), *_cost_cells(cost)))
-    for ablation in items(results.record, "ablations"):
-        cost = part(ablation, "cost")
-        if cost:
-            rows.append((f"{ablation.get('of')}: {ablation.get('name')}", *_cost_cells(cost)))
-    if not rows:
-        return missing("Updates have not been timed yet.")
-    columns = (
-        Column("Optimizer"),
-        Column("Time a step", numeric=True),
-        Column(f"Times {results.baseline}", numeric=True),
-        Column("Operations a step", numeric=True),
-        Column("Peak memory", numeric=True),
-    )
-    caption = (
-        "Cost of an update, curvature and hooks included, compilation and evaluation left out. All optimizers are "
-        "timed in turn, round by round, so that a busy machine slows all alike; in parentheses the least and the "
-        "greatest round."
-    )
-    return table(caption, columns, rows, label="Cost of an update")
-
-
 def ablations(results: Results) -> Markup:
     """Changes in the study's order, each with a word on what it did."""
     rows = []
-    for ablation in items(results.record, "ablations"):
+    for ablation in records(results.record, "ablations"):
         found = estimate(ablation, "difference")
         word = _better(found, yes="▼ better", no="▲ worse")
         rows.append(
@@ -233,7 +205,7 @@ def _claim(results: Results, name: str, entry: Record) -> str:
         found = estimate(entry, key)
         if found is not None and claimed(entry, key, found):
             said.setdefault("faster" if found.value > 1 else "slower", []).append(what)
-    return ", ".join(f"{word} in {' and '.join(where)}" for word, where in said.items()) or "none"
+    return ", ".join(f"{word} in {'both' if len(where) == 2 else where[0]}" for word, where in said.items()) or "none"
 
 
 def _better(found: Estimate | None, *, yes: str, no: str) -> str:
@@ -243,15 +215,3 @@ def _better(found: Estimate | None, *, yes: str, no: str) -> str:
     if not found.excludes(0.0):
         return "no clear difference"
     return yes if found.value < 0 else no
-
-
-def _cost_cells(cost: Record) -> tuple[object, ...]:
-    ratio = estimate(
-        {"ratio": {"value": cost.get("ratio"), "low": cost.get("ratio_low"), "high": cost.get("ratio_high")}}, "ratio"
-    )
-    return (
-        numbers.seconds(cost.get("seconds_per_step")),
-        speedups(ratio),
-        numbers.operations(cost.get("flops_per_step")),
-        numbers.memory(cost.get("peak_memory_bytes")),
-    )

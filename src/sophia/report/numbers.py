@@ -62,14 +62,29 @@ def count(value: object) -> str:
         return MISSING
     if found == round(found) and abs(found) < 100_000:
         return whole(found)
-    power = min(7, max(0, math.floor(math.log10(abs(found) or 1) + 2e-3) // 3))
-    return f"{found / 1000**power:.3g}" + ("", " k", " M", " B", " T", " P", " E", " Z")[power]
+    unit, prefix = _prefix(found, "kMBTPEZ")
+    return f"{found / unit:.3g} {prefix}".rstrip()
 
 
 def operations(value: object) -> str:
     """Floating-point operations: 1.23 TFLOP."""
     found = number(value)
-    return MISSING if found is None else count(found).replace(" B", " G") + ("FLOP" if found >= 1000 else " FLOP")
+    if found is None:
+        return MISSING
+    unit, name = operations_unit(found)
+    return f"{found / unit:.3g} {name}"
+
+
+def operations_unit(value: float) -> tuple[float, str]:
+    """What to write so many operations in: its size and its name."""
+    unit, prefix = _prefix(value, "kMGTPEZ")
+    return unit, f"{prefix}FLOP"
+
+
+def _prefix(value: float, prefixes: str) -> tuple[float, str]:
+    # What three digits round up to 1000 has the next prefix already.
+    power = min(len(prefixes), max(0, math.floor(math.log10(abs(value) or 1.0) + 2.2e-4) // 3))
+    return 1000.0**power, ("", *prefixes)[power]
 
 
 def seconds(value: object) -> str:

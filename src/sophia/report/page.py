@@ -4,7 +4,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from sophia.report import bars, findings, origin, searches, summary
+from sophia.report import bars, costs, findings, origin, searches, summary
 from sophia.report.budgets import budgets
 from sophia.report.curves import clip_curves, loss_curves
 from sophia.report.looks import looks, variables
@@ -44,8 +44,8 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
         OSError: Something cannot be written.
     """
     found = Results(results)
-    pictures = _pictures(found)
-    text = _page(found, pictures)
+    pictures = draw(found)
+    text = page(found, pictures)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.html"
     partial = path.with_suffix(".html.partial")
@@ -54,7 +54,8 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
     return [path] + [save_png(picture, out / f"{picture.name}.png") for picture in pictures.values() if picture]
 
 
-def _pictures(results: Results) -> dict[str, Picture | None]:
+def draw(results: Results) -> dict[str, Picture | None]:
+    """The report's figures; None for one that has nothing to show yet."""
     drawn = looks(list(results.entries), results.baseline, results.headline)
     return {
         "speedups": bars.speedups(results, drawn),
@@ -66,7 +67,8 @@ def _pictures(results: Results) -> dict[str, Picture | None]:
     }
 
 
-def _page(results: Results, pictures: dict[str, Picture | None]) -> str:
+def page(results: Results, pictures: dict[str, Picture | None]) -> str:
+    """The page as text."""
     css = importlib.resources.files("sophia.report").joinpath("page.css").read_text(encoding="utf-8")
     title = f"{results.study.get('name') or 'A study of optimizers'} – a fair race between optimizers"
     contents = tag("ul", *(tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in _CONTENTS))
@@ -103,7 +105,7 @@ def _sections(results: Results, pictures: dict[str, Picture | None]) -> Markup:
         "curves": (figure(pictures["curves"], "No final run has finished yet."),),
         "paper": (findings.paper_test(results),),
         "batch": (findings.best_batch(results),),
-        "cost": (findings.costs(results),),
+        "cost": (costs.costs(results),),
         "search": (
             figure(pictures["rates"], "No trial at budget T has finished yet."),
             searches.best_settings(results),

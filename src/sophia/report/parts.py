@@ -22,7 +22,7 @@ def figure(picture: Picture | None, otherwise: str = "") -> Markup | None:
     """A picture's panels with their caption, or a sentence on why there are none."""
     if picture is None:
         return missing(otherwise) if otherwise else None
-    kind = "single" if len(picture.panels) == 1 else "small" if picture.panels[0].width < 4 else ""
+    kind = "single" if len(picture.panels) == 1 else "small" if picture.panels[0].width < 3.8 else ""
     panels = tag("div", *svgs(picture), class_=f"panels {kind}".strip())
     return tag("figure", panels, tag("figcaption", picture.caption), id=f"figure-{picture.name}")
 

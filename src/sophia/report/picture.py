@@ -55,9 +55,9 @@ class Panel:
     """Draws it, under the style of this module, into an area of the given size."""
     description: str
     """What it shows, for those who do not see it."""
-    width: float = 4.2
+    width: float = 3.9
     """Inches. About a phone's width at the size of text that the style has."""
-    height: float = 3.1
+    height: float = 3.0
     """Inches."""
 
 
@@ -106,14 +106,16 @@ def _svg(panel: Panel, prefix: str) -> Markup:
         figure.patch.set_visible(False)
         panel.draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(text, format="svg")
     drawing = text.getvalue()
     body = drawing[drawing.index(">", drawing.index("<svg")) + 1 :]
+    # The date, and a style that would hold for the whole page.
     body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'xlink:href="#', 'href="#', body)
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda found: _own_id(found[1], prefix, used), body)
     body = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", body)
+    body = re.sub(r"font-family: [^;\"]*(?:; )?", "", body)
     body = re.sub(r"font: ((?:\d+ |bold )?)([\d.]+px)[^;\"]*", _font, body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda found: _colour(found[0]), body)
     body = re.sub(r"\n\s*", "\n", body).strip()

@@ -11,7 +11,7 @@ from sophia.report import numbers
 from sophia.report.axes import Area, frame, log_ticks, short, title
 from sophia.report.looks import INK, MUTED, Look
 from sophia.report.picture import Panel, Picture
-from sophia.report.reading import Record, Results, items, number, part
+from sophia.report.reading import Record, Results, items, number, part, records
 
 
 class Tried(NamedTuple):
@@ -60,7 +60,7 @@ def rates(results: Results, looks: dict[str, Look]) -> Picture | None:
 
 def main_search(results: Results, name: str) -> Record:
     """The entry's search at budget T and the common batch; empty where there is none."""
-    for search in items(results.entries.get(name), "searches"):
+    for search in records(results.entries.get(name), "searches"):
         if number(search.get("tokens")) == results.tokens and (
             number(search.get("tokens_per_step")) in (results.tokens_per_step, None)
         ):
@@ -71,7 +71,7 @@ def main_search(results: Results, name: str) -> Record:
 
 def _tried(search: Record) -> list[Tried]:
     found = []
-    for trial in items(search, "trials"):
+    for trial in records(search, "trials"):
         chosen = part(trial, "settings")
         rate = number(chosen.get("lr"))
         if rate is not None and rate > 0:

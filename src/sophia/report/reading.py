@@ -44,6 +44,11 @@ def items(record: object, key: str) -> list[Any]:
     return list(found) if isinstance(found, list | tuple) else []
 
 
+def records(record: object, key: str) -> list[Record]:
+    """The mappings in the list under a key."""
+    return [found for found in items(record, key) if isinstance(found, Mapping)]
+
+
 def estimate(record: object, key: str) -> Estimate | None:
     """The estimate under a key, whether its centre is called mean or value; None where it has no number."""
     found = part(record, key)
@@ -97,7 +102,10 @@ class Results:
     @cached_property
     def entries(self) -> dict[str, Record]:
         """Optimizers in the study's order."""
-        return {str(name): entry or {} for name, entry in part(self.record, "optimizers").items()}
+        return {
+            str(name): entry if isinstance(entry, Mapping) else {}
+            for name, entry in part(self.record, "optimizers").items()
+        }
 
     @cached_property
     def ranked(self) -> list[str]:
@@ -113,7 +121,7 @@ class Results:
     @cached_property
     def runs(self) -> list[Record]:
         """All finished runs."""
-        return [run for run in items(self.record, "runs") if isinstance(run, Mapping)]
+        return records(self.record, "runs")
 
     @property
     def tokens(self) -> float | None:

@@ -6,7 +6,7 @@ from sophia.report import numbers
 from sophia.report.markup import Column, Markup, Row, table, tag
 from sophia.report.parts import missing, settings
 from sophia.report.rates import main_search
-from sophia.report.reading import Record, Results, items, number, part
+from sophia.report.reading import Record, Results, items, number, part, records
 
 
 def best_settings(results: Results) -> Markup:
@@ -43,13 +43,13 @@ def all_trials(results: Results) -> Markup:
     """Every search of every optimizer, to be opened."""
     boxes = []
     for name, entry in results.entries.items():
-        searches = [search for search in items(entry, "searches") if isinstance(search, dict)]
-        tables = [_search(name, search, _where(results, search)) for search in searches if items(search, "trials")]
+        searches = records(entry, "searches")
+        tables = [_search(name, search, _where(results, search)) for search in searches if records(search, "trials")]
         count = sum(len(items(search, "trials")) for search in searches)
         content = tables or [missing("No trial has finished yet.")]
         boxes.append(tag("details", tag("summary", tag("strong", name), f": {_counted(count, 'trial')}"), *content))
-    for ablation in items(results.record, "ablations"):
-        trials = items(ablation, "trials")
+    for ablation in records(results.record, "ablations"):
+        trials = records(ablation, "trials")
         if trials:
             name = f"{ablation.get('of')}: {ablation.get('name')}"
             about = f": {_counted(len(trials), 'trial')} of an ablation"
@@ -106,7 +106,7 @@ def _where(results: Results, search: Record) -> str:
 
 
 def _search(name: str, search: Record, where: str) -> Markup:
-    trials = [trial for trial in items(search, "trials") if isinstance(trial, dict)]
+    trials = records(search, "trials")
     finite = [loss for trial in trials if (loss := number(trial.get("loss"))) is not None]
     best = min(finite, default=None)
     varied = _varied(trials)
