@@ -153,7 +153,9 @@ class Example:
             spec = self._spec(entry, settings(lr=lr, **dict(entry.settings)), size, steps, race.search_seed)
             why = "grid" if abs(number - count // 2) < 2 else "refine"
             trials.append(Trial(spec=spec, loss=self._run(spec).val_loss, finished=True, why=why))
-        best = min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss).spec.settings
+        best = settings(lr=entry.lr, **dict(entry.settings))
+        if trials:
+            best = min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss).spec.settings
         many = entry.name == race.headline or (entry.name == race.baseline and share <= 1.0)
         seeds = (race.headline_seeds or race.seeds) if many else race.seeds
         finals = tuple(self._spec(entry, best, size, steps, seed) for seed in seeds)

@@ -238,6 +238,16 @@ def test_one_seed_makes_no_claim():
     assert "(one seed, no interval)" in found["verdict"]
 
 
+def test_untuned_optimizers_get_no_verdict_and_no_claim():
+    found = Example(study=study_of(trials=0, retrials=0), worth={**WORTH, "sophia-g": 1.5}).results()
+    one = found["optimizers"]["sophia-g"]
+    assert one["speedup_tokens"]["low"] > 1.2
+    assert not one["claim"]
+    assert not one["claim_seconds"]
+    assert found["verdict"].startswith("Untuned, so no verdict on sophia-g against adamw: ")
+    assert sum(flag.startswith("untuned: no optimizer was searched") for flag in found["flags"]) == 1
+
+
 def test_a_study_without_a_headline_has_no_verdict():
     found = Example(study=study_of(headline="", headline_seeds=(), other_batches=())).results()
     assert found["headline"] is None

@@ -57,6 +57,11 @@ def _file(table: Standings, committed: bool | None) -> list[str]:
 
 def _searches(table: Standings) -> list[str]:
     race, told = table.study.race, []
+    if not race.trials:
+        return [
+            "untuned: no optimizer was searched, all ran as the study file has them; the order of their losses may be "
+            "that of its guesses"
+        ]
     rates_only = [entry.name for entry in table.study.optimizers if not entry.search]
     if rates_only:
         told.append(f"searched over the learning rate alone, other settings as given: {', '.join(rates_only)}")

@@ -117,8 +117,8 @@ class Standings:
             tokens=found.tokens,
             seconds=seconds,
             flops=flops,
-            claim=found.claim,
-            claim_seconds=_claims_time(found, time, seconds),
+            claim=found.claim and self.study.race.trials > 0,  # untuned, nothing is claimed
+            claim_seconds=_claims_time(found, time, seconds) and self.study.race.trials > 0,
             shifted=found.shifted,
             both_sides=found.tokens is None and bool(found.seeds),
         )

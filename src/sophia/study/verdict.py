@@ -32,7 +32,10 @@ def sentence(results: Mapping[str, Any], missing: str) -> str:
         f"for the loss of {name} after {amount(results['study']['tokens'])} tokens, {baseline} needs "
         f"{_times(tokens)} the tokens and {_times(seconds)} the time"
     )
-    return f"{_judgement(found, name, baseline)}: {facts}{_where(results, tokens)}."
+    judgement = _judgement(found, name, baseline)
+    if not results["study"]["trials"]:
+        judgement = f"Untuned, so no verdict on {name} against {baseline}"
+    return f"{judgement}: {facts}{_where(results, tokens)}."
 
 
 def _judgement(found: Mapping[str, Any], name: str, baseline: str) -> str:
