@@ -99,6 +99,7 @@ class Trainer:
         self._started = time.perf_counter() - self.progress.elapsed
         self._last_log = (self.progress.step, self.elapsed)
         self._stop = False
+        self._clip_fraction: float | None = None  # where it had to be asked for before it is told
         self._tell_rollbacks()
 
     @property
@@ -159,7 +160,10 @@ class Trainer:
         lr = self.session.optimizers.set_lr(factor(self.settings, progress.step))
         self.session.optimizers.step(skip=not_finite)
         progress.step += 1
-        if progress.step < self.steps:  # nothing would use the last one's
+        self._clip_fraction = None
+        if self.settings.optimizer.refresh_when == "after" and progress.step < self.steps:  # nobody needs the last
+            if self._log_due():  # of this update, by the curvature and the γ that it was made with
+                self._clip_fraction = self.session.optimizers.clip_fraction()
             run_within_memory(lambda: stepper.refresh_after(inputs, targets), self.session, self.note)
         self.display.step(progress.step)
         return lr
@@ -316,7 +320,9 @@ class Trainer:
         self.writer.save(Checkpoint(step=self.progress.step, model=weights, optimizer=tensors, state=state))
 
     def _log(self, loss: float, norm: float, lr: float) -> None:
-        clipped = self.session.optimizers.clip_fraction()
+        clipped = self._clip_fraction
+        if clipped is None:
+            clipped = self.session.optimizers.clip_fraction()
         (step, then), now = self._last_log, self.elapsed
         rate = (self.progress.step - step) * (self.settings.batch.tokens_per_step or 0) / max(now - then, 1e-9)
         self._last_log = (self.progress.step, now)

@@ -157,6 +157,23 @@ def test_a_resume_is_bit_for_bit(tmp_path, data, monkeypatch, optimizer, batch):
     runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
 
 
+def test_the_clipped_fraction_is_that_of_the_update(tmp_path, data, monkeypatch):
+    """By the γ that it was made with, not by the one that an estimate after it has found."""
+    flags = {"curvature-interval": 3, "refresh-when": "after", "gamma": "auto", "steps": 10}
+    stepped = []
+    step = Optimizers.step
+
+    def spying(self, skip=None):
+        step(self, skip)
+        stepped.append(self.clip_fraction())
+
+    monkeypatch.setattr(Optimizers, "step", spying)
+    assert runs.train(data, tmp_path / "run", **flags) == 0
+    told = [line["clip_fraction"] for line in runs.metrics(tmp_path / "run") if "clip_fraction" in line]
+    assert told == stepped
+    assert not any(abs(fraction - 0.7) < 1e-3 for fraction in told[2::3])
+
+
 def test_a_checkpoint_holds_the_estimate_that_follows_its_update(tmp_path, data):
     """So a resume, or a return from a spike, finds it made; the last update's would serve nobody."""
     flags = {"curvature-interval": 3, "checkpoint-interval": 3, "refresh-when": "after", "keep-last": 9}
