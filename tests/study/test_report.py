@@ -370,7 +370,7 @@ def test_better_and_worse_in_words(small):
     words = [
         data
         for data, place in page.texts
-        if place[-1] == "td" and ("better" in data or "worse" in data or "clear" in data)
+        if place[-2:] == ("td", "span") and ("better" in data or "worse" in data or "clear" in data)
     ]
     assert words[:3] == ["▼ better", "▲ worse", "no clear difference"]
 

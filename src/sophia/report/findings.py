@@ -21,7 +21,7 @@ def race(results: Results) -> Markup:
                     losses(loss) if loss else _no_loss(results, name),
                     _seeds(results, name, loss),
                     *(speedups(estimate(entry, f"speedup_{key}")) for key in ("tokens", "seconds", "flops")),
-                    _claim(results, name, entry),
+                    tag("span", _claim(results, name, entry), class_="plain"),
                 ),
                 strong=name == results.headline,
             )
@@ -144,29 +144,29 @@ def ablations(results: Results) -> Markup:
     """Changes in the study's order, each with a word on what it did."""
     rows = []
     for ablation in records(results.record, "ablations"):
-        found = estimate(ablation, "difference")
+        found, loss = estimate(ablation, "difference"), estimate(ablation, "final_loss")
         word = _better(found, yes="▼ better", no="▲ worse")
         rows.append(
             (
                 str(ablation.get("name")),
-                tag("span", ablation.get("of"), class_="plain"),
+                tag("span", word, class_="plain"),
+                differences(found),
+                numbers.loss(None if loss is None else loss.value),
                 settings(part(ablation, "settings")),
                 numbers.rate(part(ablation, "best").get("lr")) + (" (searched)" if ablation.get("searched") else ""),
-                losses(estimate(ablation, "final_loss")),
-                differences(found),
-                word,
+                tag("span", ablation.get("of"), class_="plain"),
             )
         )
     if not rows:
         return missing("The study has no ablations, or none has begun.")
     columns = (
-        Column("Change"),
-        Column("Of"),
+        Column("Change", wide=True),
+        Column("Effect"),
+        Column("Difference", numeric=True),
+        Column("Final loss", numeric=True),
         Column("Settings changed", wide=True),
         Column("Learning rate", numeric=True),
-        Column("Final loss", numeric=True),
-        Column("Difference", numeric=True),
-        Column("Effect"),
+        Column("Of"),
     )
     caption = (
         "One thing changed at a time, at the entry's best settings otherwise. Differences are in pairs of equal seed; "

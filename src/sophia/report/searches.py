@@ -119,7 +119,7 @@ def _search(name: str, search: Record, where: str) -> Markup:
             Row(
                 (
                     str(place),
-                    str(trial.get("why", numbers.MISSING)).replace("_", " "),
+                    str(trial.get("why", numbers.MISSING)),
                     *cells,
                     _loss(loss) + (" (best)" if is_best else ""),
                     tag("code", str(trial.get("id", numbers.MISSING))),
