@@ -16,6 +16,7 @@ from rich.console import Console
 from sophia.distributed import pick_device
 from sophia.guards import Signals
 from sophia.prepare import usable_cores
+from sophia.rank_errors import many
 from sophia.study import lock, outcome, read, timing
 from sophia.study.advance import advance
 from sophia.study.ledger import Ledger
@@ -75,6 +76,8 @@ class _Piece:
     """One call of the command: a study advances in pieces."""
 
     def __init__(self, settings: CompareSettings, console: Console) -> None:
+        if many():
+            raise ValueError("compare starts its own processes, one for each GPU: run it without torchrun")
         self.settings, self.console = settings, console
         self.study: Study = read.read_study(settings.study)
         self.file = outcome.study_file(settings.study)
@@ -148,7 +151,8 @@ class _Piece:
         return gpus[:wanted], wanted or len(gpus), threads
 
     def _time(self, state: Plan, text: StudyText) -> list[Cost]:
-        place = timing.Place(data=text.dataset.folder, out=self.out, processes=self._machine()[1])
+        gpus, workers, _ = self._machine()
+        place = timing.Place(data=text.dataset.folder, out=self.out, processes=1 if gpus else workers)
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             with self.console.status("timing") as status:

@@ -190,6 +190,10 @@ def test_what_is_refused(whole, quick, tmp_path, data, capsys):
     assert "minutes is 0" in _refused(capsys, file, "--out", out, "--minutes", 0)
     with lock.occupied(out):
         assert "is being advanced by process" in _refused(capsys, file, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "0")
+        assert "without torchrun" in _refused(capsys, file, "--out", out)
     assert (out / "runs.jsonl").read_bytes() == before
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sophia import checkpoint
+from sophia.data.loader import Batches
 from sophia.data.shards import Dataset
 from sophia.guards import Signals
 from sophia.metrics import read_metrics
@@ -113,6 +114,19 @@ def test_other_data_has_other_digests(tmp_path, data):
     assert first.weights == second.weights
 
 
+@pytest.mark.parametrize("changed", [0, 10, 19])
+def test_a_single_other_batch_is_noticed(tmp_path, data, monkeypatch, changed):
+    """The first, the middle one and the last."""
+    step = Batches.step
+
+    def other(self, index, rows=None):
+        return step(self, index + 100 if index == changed else index, rows)
+
+    honest = run(data, tmp_path / "honest", tiny.spec()).evidence
+    monkeypatch.setattr(Batches, "step", other)
+    assert run(data, tmp_path / "other", tiny.spec()).evidence.batches != honest.batches
+
+
 @pytest.mark.parametrize("optimizer", ["sophia-g", "adamw"])
 def test_stopped_and_gone_on_with_it_is_the_same(tmp_path, data, optimizer):
     spec = tiny.spec(optimizer)
@@ -179,6 +193,14 @@ def test_divergence_is_a_result(tmp_path, data):
     assert found.curve[0].val_loss is not None
     assert found.curve[-1].val_loss is None
     assert any("not finite" in note for note in notes)
+
+
+def test_a_loss_from_before_it_diverged_does_not_count(tmp_path, data):
+    study = tiny.study(data, evaluations=1)
+    found = run(data, tmp_path, tiny.spec(lr=1e30, steps=40), study=study)
+    assert [point.step for point in found.curve] == [0]
+    assert found.curve[0].val_loss is not None
+    assert found.val_loss is None
 
 
 def test_divergence_in_the_last_update_is_one_too(tmp_path, data, monkeypatch):

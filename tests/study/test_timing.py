@@ -118,6 +118,9 @@ def test_what_is_timed(data):
     assert all(case.spec.tokens == study.race.tokens for case in found)
     unknown = replace(plan, cells=tuple(replace(cell, best=None) for cell in plan.cells), ablations=())
     assert timing.cases(study, unknown) == []
+    others = replace(plan, cells=tuple(cell for cell in plan.cells if cell.tokens_per_step == 32))
+    assert len(timing.cases(study, others)) == 4
+    assert timing.cases(study, replace(plan, cells=plan.cells[2:])) == [found[1]]
 
 
 def test_rounds_in_turn_with_ratios_within_each(place, data, monkeypatch):
@@ -128,7 +131,9 @@ def test_rounds_in_turn_with_ratios_within_each(place, data, monkeypatch):
         name = self.session.settings.optimizer.optimizer
         self.run(self.steps)
         order.append(name)
-        return {"adamw": 1.0, "sophia-g": 1.5, "lion": 0.5}[name] * 10.0 ** ((len(order) - 1) // 3) * self.steps
+        turn = (len(order) - 1) // 3
+        ratio = {"adamw": 1.0, "sophia-g": (1.2, 1.5, 1.8, 1.5, 1.4, 1.6)[turn], "lion": 0.5}[name]
+        return ratio * 10.0**turn * self.steps
 
     monkeypatch.setattr(Stepping, "round", round_)
     monkeypatch.setattr(Stepping, "warm_up", lambda self: self.run(self.steps))
@@ -139,7 +144,7 @@ def test_rounds_in_turn_with_ratios_within_each(place, data, monkeypatch):
     assert len(order) == 3 * timing.LEAST_ROUNDS
     adamw, sophia, lion = costs
     assert (adamw.ratio, adamw.ratio_low, adamw.ratio_high) == (1.0, 1.0, 1.0)
-    assert sophia.ratio == pytest.approx(1.5)
+    assert (sophia.ratio, sophia.ratio_low, sophia.ratio_high) == pytest.approx((1.5, 1.2, 1.8))
     assert lion.rounds == timing.LEAST_ROUNDS
     assert lion.ratio == pytest.approx(0.5)
     assert adamw.seconds_per_step == pytest.approx((1e2 + 1e3) / 2)  # the median of 1, 10, … 1e5

@@ -79,7 +79,7 @@ def _written(value):
 
 
 class InProcess:
-    """A pool whose only worker is this process: what it is given runs at the next wait."""
+    """A pool of two workers, both of which are this process: at each wait one run of those begun is made."""
 
     def __init__(self, job, *, workers=1, gpus=(), note=print):
         self.job, self.running = job, []
@@ -87,7 +87,7 @@ class InProcess:
 
     @property
     def idle(self):
-        return 1 - len(self.running)
+        return 2 - len(self.running)
 
     def start(self, spec):
         self.running.append(spec)

@@ -63,7 +63,9 @@ def cases(study: Study, plan: Plan) -> list[Case]:
         entry = best.get(ablation.of)
         if spec is not None and (entry is None or not same_cost(spec.settings, entry.settings)):
             found.append(Case(name=ablation.name, spec=spec))
-    return found
+    # Where the baseline has only diverged, there is nothing to compare with.
+    measured = {case.spec.tokens_per_step for case in found if case.name == study.race.baseline}
+    return [case for case in found if case.spec.tokens_per_step in measured]
 
 
 def measure(study: Study, plan: Plan, place: Place, report: Callable[[str], None] = lambda _: None) -> list[Cost]:
