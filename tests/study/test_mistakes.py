@@ -91,6 +91,15 @@ def test_other_conditions(example, name, value):
     assert str(value) in message
 
 
+def test_a_loss_without_evidence(example):
+    """Somebody else's number."""
+    spec = example.cell("muon").finals[2]
+    example.bend(spec, evidence=None)
+    message = refused(example)
+    assert "nothing says what it saw" in message
+    assert spec.id in message
+
+
 def test_another_version_of_torch_is_told(example):
     spec = example.cell("soap").finals[0]
     conditions = {**example.finished[spec.id].evidence.conditions, "torch": "2.14.0"}
@@ -154,6 +163,16 @@ def test_an_estimate_that_was_refused_is_told(example):
     assert flagged(example, "not finite", f"1 of 52 ({spec.id})")
 
 
+def test_one_lost_estimate_of_a_short_run_is_no_dead_end():
+    """The run, made again, would lose it again."""
+    example = Example(study=study_of(tokens=400 * 2048, headline_budgets=(1.0,)))
+    spec = example.cell("sophia-g").finals[0]
+    example.bend(spec, evidence_refreshes=39)
+    assert flagged(example, f"1 of 40 ({spec.id})")
+    example.bend(spec, evidence_refreshes=38)
+    assert "38 curvature estimates" in refused(example)
+
+
 def put_cost(example, name, **changes):
     example.costs = [replace(one, **changes) if one.optimizer == name else one for one in example.costs]
 
@@ -174,6 +193,14 @@ def test_operations_without_those_of_curvature(example):
     (adamw,) = [one for one in example.costs if one.optimizer == "adamw" and one.tokens_per_step == 2048]
     put_cost(example, "sophia-h", flops_per_step=adamw.flops_per_step)
     assert "curvature is not in it" in refused(example)
+
+
+@pytest.mark.parametrize("baseline", ["sophia-g", "soap"])
+def test_a_baseline_whose_own_operations_count(baseline):
+    """Against curvature, or eigenvectors, fewer operations are no mistake."""
+    example = Example(study=study_of(baseline=baseline, headline="muon"))
+    put_cost(example, "soap", flops_per_step=2e10)
+    assert example.results()["complete"]
 
 
 def test_a_timing_with_other_settings(example):
