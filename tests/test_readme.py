@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sophia import cli
 from sophia.data.builtin import builtin_documents
+from sophia.study import read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,7 +55,25 @@ SMALL = {
     "bench": ["--layers", "1", "--width", "16", "--vocab-size", "64", "--rounds", "1"],
     "plan": [],
     "train": [],
+    "compare": ["--minutes", "0.001"],  # the first runs, and the report of them
 }
+
+
+def make_data(folder):
+    """What the README calls data."""
+    text = folder / "text.txt"
+    text.write_text("\n".join(document.text for document in builtin_documents(600_000)), encoding="utf-8")
+    options = ["--tokenizer", "bpe:300", "--validation-fraction", "0.1"]
+    assert cli.main(["prepare", str(text), "--out", str(folder / "data"), *options]) == 0
+
+
+def shrunk(study):
+    """A study with the same optimizers and rules, of a tiny model in short runs."""
+    small = {'model = "nano"': 'model = "nano"\nlayers = 1\nheads = 1\nwidth = 16\ncontext = 16'}
+    small |= {"bpe:1024": "bpe:300", "tokens_per_step = 2048": "tokens_per_step = 64"}
+    for old, new in small.items():
+        study = study.replace(old, new)
+    return re.sub(r"^tokens = .*$", "tokens = 1280", study, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -78,7 +97,16 @@ def test_command(command, tmp_path, monkeypatch, capsys):
             assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
         # What is installed is tested by `make wheel-test`.
     elif words[0] == "sophia":
+        if "my-study.toml" in words:
+            make_data(tmp_path)
+            (study,) = blocks("toml")
+            (tmp_path / "my-study.toml").write_text(shrunk(study), encoding="utf-8")
+        elif words[1] == "compare":
+            own = tmp_path / "default.toml"
+            own.write_text(shrunk(read.DEFAULT.read_text(encoding="utf-8")), encoding="utf-8")
+            monkeypatch.setattr(read, "DEFAULT", own)
         assert cli.main([*words[1:], *SMALL[words[1]]]) == 0
+        assert words[1] != "compare" or list(tmp_path.rglob("report.html"))
     else:
         pytest.fail(f"README has a command that no test runs: {command}")
 
