@@ -11,7 +11,7 @@ import torch
 from sophia import session
 from sophia.accounting import curvature_share, flops_per_token
 from sophia.distributed import World
-from sophia.study import flops, timing
+from sophia.study import flops, timed_case, timing
 from sophia.study.alone import alone
 from sophia.study.one_run import train_settings
 from sophia.study.plan import AblationCell, Cell, Plan, Trial
@@ -198,6 +198,32 @@ def test_memory_of_a_larger_model_is_larger(data, tmp_path):
     numbers = 12 * 2 * 640**2
     assert 16 * numbers < found["peak_memory_bytes"] < 40 * numbers
     assert found["flops_per_step"] > 8 * 6 * numbers
+
+
+def test_memory_is_that_of_the_optimizer_and_not_of_its_compiler(data, tmp_path):
+    """Two moments, the gradient, and an estimate with the gradient that it is made from: six numbers a parameter."""
+    study = tiny.study(data)
+    study = replace(study, model=replace(study.model, layers=2, width=320, heads=2))
+    case = Case(name="sophia-g", spec=replace(tiny.spec("sophia-g"), tokens_per_step=8))
+    numbers = 12 * 2 * 320**2
+    found = alone(weigh, study, case, data, tmp_path, 1)
+    assert 16 * numbers < found["peak_memory_bytes"] < 40 * numbers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "interval", "steps"), [("soap", {}, 11), ("sophia-g", {"curvature_interval": 4}, 21)]
+)
+def test_memory_has_curvature_and_bases_beside_the_state(data, tmp_path, monkeypatch, optimizer, interval, steps):
+    seen, own = [], Stepping.run
+
+    def noted(stepping, count):
+        own(stepping, count)
+        seen.append(stepping.trainer.progress.step)
+
+    monkeypatch.setattr(Stepping, "run", noted)
+    monkeypatch.setattr(timed_case, "_peak", lambda _: seen.append("peak"))
+    weigh(tiny.study(data), Case(name=optimizer, spec=tiny.spec(optimizer, **interval)), data, tmp_path, 1)
+    assert seen[seen.index("peak") - 1] == steps
 
 
 def test_what_a_process_of_its_own_says(tmp_path):

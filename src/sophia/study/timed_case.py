@@ -13,6 +13,8 @@ from sophia.display import Display
 from sophia.distributed import World, world
 from sophia.guards import Signals
 from sophia.metrics import Metrics
+from sophia.optim import kernels
+from sophia.optim.sophia import Sophia
 from sophia.study import flops
 from sophia.study.one_run import train_settings
 from sophia.study.runs import RunSpec
@@ -24,7 +26,6 @@ LEAST_STEPS = 10
 """Of a round."""
 _LEAST_SECONDS = 0.5  # of a round: the noise of a machine is longer than the steps of a tiny model
 _MOST_REPEATS = 20
-_MEMORY_STEPS = 3
 _INTERVALS = ("curvature_interval", "basis_interval")
 
 
@@ -100,7 +101,8 @@ def weigh(study: Study, case: Case, data: Path, folder: Path, threads: int) -> d
     """Operations and memory of a case, for a process that has done nothing else.
 
     The peak is, on the CPU, the highest resident memory less what was resident before the model was built, after a
-    small one has loaded the libraries; on CUDA the most that PyTorch's allocator had handed out.
+    small one has loaded the libraries; on CUDA the most that PyTorch's allocator had handed out. It is that of a round
+    and one step: in the first step an optimizer has no state yet beside which curvature or a basis would be made.
 
     Returns:
         "flops_per_step", the average over a round, and "peak_memory_bytes", None where the system does not tell.
@@ -109,12 +111,13 @@ def weigh(study: Study, case: Case, data: Path, folder: Path, threads: int) -> d
     with world(study.machine.device) as here:
         small = replace(study, model=replace(study.model, layers=1, heads=1, width=16, init_from=None))
         first = Stepping(small, case, data=data, folder=folder / "small", here=here)
+        _load_kernels(first)
         first.run(1)
         first.close()
         del first
         before = _now(here)
         going = Stepping(study, case, data=data, folder=folder / "memory", here=here)
-        going.run(_MEMORY_STEPS)
+        going.run(going.steps + 1)
         peak = _peak(here)
         going.close()
         del going
@@ -124,6 +127,15 @@ def weigh(study: Study, case: Case, data: Path, folder: Path, threads: int) -> d
         counted.close()
         memory = None if before is None or peak is None else peak - before
         return {"flops_per_step": operations / counted.steps, "peak_memory_bytes": memory}
+
+
+def _load_kernels(small: Stepping) -> None:
+    """Let Sophia take the kernels that it chooses for larger models: their compiler is a hundred megabytes."""
+    if kernels.problem(small.session.here.device.type) is None:
+        for part in small.session.optimizers.parts:
+            if isinstance(part, Sophia):
+                for group in part.param_groups:
+                    group["fused"] = True
 
 
 def _endless(settings: TrainSettings) -> TrainSettings:
