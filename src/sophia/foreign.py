@@ -3,7 +3,8 @@
     sophia train --optimizer package.module:Class --lr 1e-3 --arguments rank=4 --hook package.module:function
 
 A hook is called as ``hook(context)`` before the gradients of every update, with a :class:`HookContext`. There an
-optimizer that estimates curvature does so. What it leaves in `.grad` is dropped. Its time counts as training.
+optimizer that estimates curvature does so. What it leaves in `.grad` is dropped; the batch it must leave as it is. Its
+time counts as training.
 
 Everything that an optimizer changes must be in its `state_dict`, or a resumed run goes on as another one.
 """
@@ -102,6 +103,11 @@ def build_foreign(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any
         raise ValueError(
             f"optimizer {path} needs a closure in step(), which computes the loss anew: the trainer computes gradients "
             "once; choose another optimizer"
+        )
+    if callable(getattr(kind, "eval", None)):
+        raise ValueError(
+            f"optimizer {path} has eval(), so it evaluates other weights than it trains, and the trainer would "
+            "evaluate and keep the wrong ones: choose one that leaves in the model what counts"
         )
     keywords = _keywords(settings, kind)
     plain = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]

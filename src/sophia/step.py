@@ -49,7 +49,7 @@ class Stepper:
             index: The batch's number in the order of the data; what the hook draws is drawn from it.
 
         Raises:
-            ValueError: The hook raised something.
+            ValueError: The hook raised something, or changed the batch that the update is to learn from.
         """
         hook = self.optimizers.hook
         if hook is None:
@@ -63,7 +63,13 @@ class Stepper:
             targets=targets,
             autocast=self.autocast,
         )
+        before = inputs._version, targets._version
         call_hook(hook, self.optimizers.settings.hook, context)
+        if (inputs._version, targets._version) != before:
+            raise ValueError(
+                f"hook {self.optimizers.settings.hook} in step {step + 1} changed inputs or targets in place, from "
+                "which the update learns: change a clone()"
+            )
 
     def refresh(self, inputs: Tensor, targets: Tensor) -> None:
         """Before an update: renew the curvature from some of the batch's rows, when that is due.

@@ -225,6 +225,14 @@ def test_a_busy_machine(example):
     assert flagged(example, "4 rounds")
 
 
+def test_a_cost_that_no_round_may_hold_is_told(example):
+    """A hook that acts in every hundredth step, timed in rounds of ten: the median over rounds knows nothing of it."""
+    assert not flagged(example, "less often")
+    entries = [replace(one, hook="mine:hook") if one.name == "muon" else one for one in example.study.optimizers]
+    example.study = replace(example.study, optimizers=tuple(entries))
+    assert flagged(example, "muon", "rounds of 10 steps", "what muon+mine:hook does less often")
+
+
 # Searches.
 
 

@@ -58,6 +58,11 @@ def broken_hook(context):
         raise RuntimeError("the sky\nis falling")
 
 
+def easier_batch(context):
+    if context.step == 1:
+        context.targets[:, 1:] = context.inputs[:, :1]
+
+
 class NoOptimizer(nn.Module):
     pass
 
@@ -70,6 +75,13 @@ class BrokenConstructor(torch.optim.SGD):
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure):
         return closure()
+
+
+class TwoWeights(torch.optim.SGD):
+    """One that averages its weights apart, and wants to be told when they are evaluated."""
+
+    def eval(self):
+        pass
 
 
 class BrokenStep(torch.optim.SGD):

@@ -162,6 +162,7 @@ MISTAKES = [
     ({"optimizer": f"{OWN}:BrokenConstructor", "lr": 0.1}, [], "BrokenConstructor(lr=0.1) raised KeyError: 'no luck'"),
     ({"optimizer": "torch.optim:LBFGS", "lr": 0.1}, [], "torch.optim:LBFGS needs a closure in step()"),
     ({"optimizer": f"{OWN}:NeedsClosure", "lr": 0.1}, [], "needs a closure"),
+    ({"optimizer": f"{OWN}:TwoWeights", "lr": 0.1}, [], "TwoWeights has eval(), so it evaluates other weights than it"),
     ({"optimizer": f"{OWN}:WithoutRate", "lr": 0.1}, [], "keeps no lr in its param groups"),
     ({"optimizer": f"{OWN}:BrokenStep", "lr": 0.1}, [], "BrokenStep.step() raised RuntimeError: out of steps"),
     ({"optimizer": f"{OWN}:OddState", "lr": 0.1}, [], "tokens.weight/odd is a set, which a checkpoint cannot hold"),
@@ -199,6 +200,7 @@ MISTAKES = [
     ({"hook": f"{OWN}:nothing"}, [], "has no nothing"),
     ({"hook": f"{OWN}:NOT_CALLABLE"}, [], "NOT_CALLABLE is a int: it must be a function of one HookContext"),
     ({"hook": f"{OWN}:broken_hook"}, [], "broken_hook in step 3 raised RuntimeError: the sky is falling"),
+    ({"hook": f"{OWN}:easier_batch"}, [], "easier_batch in step 2 changed inputs or targets in place"),
 ]
 
 

@@ -26,6 +26,7 @@ def flags(table: Standings, committed: bool | None) -> list[str]:
         *_batches(table),
         *_ablations(table),
         *_timing(table),
+        *_unseen_costs(table),
         *_unused(table),
     ]
 
@@ -207,6 +208,19 @@ def _timing(table: Standings) -> list[str]:
             f"times come from {min(few)} rounds, fewer than {_ENOUGH_ROUNDS}: their range is no 95 % interval of the "
             "median"
         )
+    return told
+
+
+def _unseen_costs(table: Standings) -> list[str]:
+    """Of optimizers that nobody knows from inside: a median over rounds leaves out what only some of them hold."""
+    told = []
+    for entry in table.study.optimizers:
+        cost = table.cost(entry.name, table.study.race.tokens_per_step)
+        if ":" in entry.kind and cost is not None:
+            told.append(
+                f"{entry.name}: timed in rounds of {cost.steps_per_round} steps; what {entry.kind} does less often may "
+                "be missing in its time and its operations"
+            )
     return told
 
 
