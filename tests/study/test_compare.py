@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,16 @@ def test_another_entry_later_keeps_what_there_is(whole, quick, tmp_path, data):
     assert {run.spec.optimizer for run in Ledger(later).runs.values()} == {"adamw", "sophia-g", "lion"}
 
 
+def test_a_study_without_a_search(quick, tmp_path, data):
+    """No trial at all: nothing may be read from the first one."""
+    file = tiny.write_study(tmp_path, data, trials=0, retrials=0)
+    assert sophia("compare", file, "--out", tmp_path / "out") == 0
+    found = results(tmp_path / "out")
+    assert found["complete"] is True
+    assert [run["role"] for run in found["runs"]] == ["final"] * len(found["runs"])
+    assert "Untuned" in found["verdict"]
+
+
 def test_json(whole, quick, capsys):
     file, out = whole
     assert sophia("compare", file, "--out", out, "--json") == 0
@@ -185,6 +196,11 @@ def test_what_is_refused(whole, quick, tmp_path, data, capsys):
     assert "race.tokens is 1280, but the study in" in _refused(capsys, changed, "--out", out)
     other = runs.write_data(tmp_path / "other", seed=3)
     assert "the data changed" in _refused(capsys, tiny.write_study(tmp_path, other), "--out", out)
+    shard = tmp_path / "bent" / "train-00000.tokens"
+    shutil.copytree(data, shard.parent)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-300] + bytes([content[-300] ^ 1]) + content[-299:])  # its manifest is as it was
+    assert "train-00000.tokens is damaged" in _refused(capsys, tiny.write_study(tmp_path, shard.parent), "--out", out)
     assert "missing.toml does not exist" in _refused(capsys, tmp_path / "missing.toml")
     assert "workers is 0" in _refused(capsys, file, "--out", out, "--workers", 0)
     assert "minutes is 0" in _refused(capsys, file, "--out", out, "--minutes", 0)

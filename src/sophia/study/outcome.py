@@ -13,6 +13,7 @@ from sophia.accounting import count_parameters
 from sophia.distributed import World
 from sophia.resolve import model_config, resolve
 from sophia.study import read, results, timing
+from sophia.study.evidence import planned
 from sophia.study.ledger import Ledger
 from sophia.study.measured import Cost
 from sophia.study.one_run import train_settings
@@ -50,7 +51,7 @@ def write(
         OSError: Something cannot be written.
     """
     settings = resolve(
-        train_settings(study, plan.cells[0].trials[0].spec, data=text.dataset.folder, out=None),
+        train_settings(study, planned(plan)[0], data=text.dataset.folder, out=None),
         text.dataset,
         World(rank=0, size=1, device=torch.device("cpu")),
     )

@@ -32,12 +32,12 @@ class StudyText:
 
 
 def open_text(study: Study, out: Path, *, make: bool = True, note: Callable[[str], None] = lambda _: None) -> StudyText:
-    """The data of a study.
+    """The data of a study, read as a whole once: a folder changed in place has the old fingerprint.
 
     Args:
         study: The settings.
         out: The study's folder, below which builtin text is prepared.
-        make: Whether to prepare it where it is missing.
+        make: Whether runs are to learn from it: it is checked then, and builtin text prepared where it is missing.
         note: Is told of that.
 
     Raises:
@@ -45,11 +45,11 @@ def open_text(study: Study, out: Path, *, make: bool = True, note: Callable[[str
         OSError: It cannot be read or written.
     """
     if study.data.folder is not None:
-        dataset = Dataset.open(study.data.folder)
+        dataset = _whole(study.data.folder) if make else Dataset.open(study.data.folder)
         return StudyText(dataset=dataset, origin=study.data.text, sha256=study.data.sha256)
     folder, origin = out / FOLDER, out / _ORIGIN
     if (folder / MANIFEST).exists() and origin.exists():
-        dataset = Dataset.open(folder)
+        dataset = _whole(folder) if make else Dataset.open(folder)
     elif not make:
         raise ValueError(f"{folder} is missing, from which the runs in {out} learned: start a new study")
     else:
@@ -64,3 +64,9 @@ def open_text(study: Study, out: Path, *, make: bool = True, note: Callable[[str
         return StudyText(dataset=dataset, origin=told["text"], sha256=told["fingerprint"])
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{origin} is damaged ({problem!r}): start a new study with another --out") from None
+
+
+def _whole(folder: Path) -> Dataset:
+    dataset = Dataset.open(folder)
+    dataset.verify()
+    return dataset
