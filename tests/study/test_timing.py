@@ -11,6 +11,7 @@ import torch
 from sophia import session
 from sophia.accounting import curvature_share, flops_per_token
 from sophia.distributed import World
+from sophia.optimizers import Optimizers
 from sophia.study import flops, timed_case, timing
 from sophia.study.alone import alone
 from sophia.study.one_run import train_settings
@@ -86,6 +87,19 @@ def test_curvature_is_counted(tmp_path, data, optimizer):
     if optimizer == "sophia-h":
         expected *= 2 / 3  # by finite differences: two gradients
     assert share == pytest.approx(expected, rel=0.15)
+
+
+def test_no_update_waits_for_what_would_be_told(tmp_path, data, monkeypatch):
+    """Where curvature follows the update, its clipped fraction is asked for before; the others' is never timed."""
+    asked = []
+    monkeypatch.setattr(Optimizers, "clip_fraction", lambda _: asked.append(1))
+    case = Case(name="after", spec=tiny.spec("sophia-g", refresh_when="after"))
+    going = Stepping(tiny.study(data), case, data=data, folder=tmp_path / "run", here=HERE)
+    going.run(1)
+    asked.clear()
+    going.run(30)
+    going.close()
+    assert not asked
 
 
 def test_decompositions_are_counted():

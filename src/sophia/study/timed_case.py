@@ -139,9 +139,16 @@ def _load_kernels(small: Stepping) -> None:
 
 
 def _endless(settings: TrainSettings) -> TrainSettings:
-    """With a schedule that the measurement does not come to the end of."""
+    """With a schedule that the measurement does not come to the end of, and nothing to be told on the way.
+
+    What is told is no part of an update; but after it, with curvature estimated then, it would have to be asked for.
+    """
     steps = max(settings.schedule.steps or 0, 1_000_000)
-    return replace(settings, schedule=replace(settings.schedule, steps=steps))
+    return replace(
+        settings,
+        schedule=replace(settings.schedule, steps=steps),
+        logging=replace(settings.logging, log_interval=steps),
+    )
 
 
 def _now(here: World) -> int | None:
