@@ -19,6 +19,7 @@ from sophia.prepare import usable_cores
 from sophia.rank_errors import many
 from sophia.study import lock, outcome, read, timing
 from sophia.study.advance import advance
+from sophia.study.imports import imports
 from sophia.study.ledger import Ledger
 from sophia.study.measured import Cost
 from sophia.study.plan import Plan, plan
@@ -37,7 +38,7 @@ _SIGNALLED = 128  # plus the signal's number: the exit code by which shells tell
 class CompareSettings:
     """Settings of `sophia compare`."""
 
-    study: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="STUDY.toml")] = None
+    study: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[STUDY.toml]")] = None
     """The study: optimizers, model, text, budgets, seeds. Without one the study that ships with sophia runs: a model
     for two CPU cores, on text that every machine has."""
     out: Path | None = None
@@ -99,13 +100,18 @@ class _Piece:
 
     def run(self) -> None:
         """Make runs, time updates, write results and report."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ValueError(f"{self.out} cannot be made a folder ({problem.strerror}): choose another --out") from None
         with lock.occupied(self.out):
             text = open_text(self.study, self.out, note=self.say)
             ledger = Ledger(self.out, note=self.say)
             held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=bool(ledger.runs))
-            (self.out / outcome.STUDY).write_text(self.file, encoding="utf-8")
             state = plan(self.study, ledger.runs)
+            if not state.done:
+                imports(self.study)
+            (self.out / outcome.STUDY).write_text(self.file, encoding="utf-8")
             if not state.done:
                 state, held = self._advance(ledger, text, held)
             costs = self._time(state, text) if state.done else timing.read(self.study, state, self.out)
@@ -153,13 +159,17 @@ class _Piece:
     def _time(self, state: Plan, text: StudyText) -> list[Cost]:
         gpus, workers, _ = self._machine()
         place = timing.Place(data=text.dataset.folder, out=self.out, processes=1 if gpus else workers)
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             with self.console.status("timing") as status:
                 return timing.measure(self.study, state, place, status.update)
-        except KeyboardInterrupt:
-            self.say("interrupted: all runs are finished and kept; the same command goes on with the timing")
-            raise SystemExit(_SIGNALLED + signal.SIGINT) from None
+        except (KeyboardInterrupt, _Terminated) as stop:
+            received = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+            self.say(
+                f"{signal_name(received)}: stopped; all runs are finished and kept, and the same command goes on with "
+                "the timing"
+            )
+            raise SystemExit(_SIGNALLED + received) from None
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -189,5 +199,9 @@ class _Piece:
             print(json.dumps(answer))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated

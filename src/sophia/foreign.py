@@ -95,6 +95,22 @@ def build_foreign(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any
         ValueError: There is no such class, it cannot be used, or does not take a setting.
     """
     path = settings.optimizer
+    kind, keywords = constructor(settings)
+    plain = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
+    with _told(f"optimizer {path}({', '.join(f'{name}={value!r}' for name, value in keywords.items())})"):
+        built = kind(plain, **keywords)
+    if "lr" not in built.defaults:
+        raise ValueError(f"optimizer {path} keeps no lr in its param groups: the schedule could not change it")
+    return built
+
+
+def constructor(settings: OptimizerSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class of an import path, and the keywords that it is called with.
+
+    Raises:
+        ValueError: There is no such class, it cannot be used, or does not take a setting.
+    """
+    path = settings.optimizer
     kind = _loaded(path, "optimizer")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(f"optimizer {path} is no class of a torch.optim.Optimizer")
@@ -109,13 +125,7 @@ def build_foreign(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any
             f"optimizer {path} has eval(), so it evaluates other weights than it trains, and the trainer would "
             "evaluate and keep the wrong ones: choose one that leaves in the model what counts"
         )
-    keywords = _keywords(settings, kind)
-    plain = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
-    with _told(f"optimizer {path}({', '.join(f'{name}={value!r}' for name, value in keywords.items())})"):
-        built = kind(plain, **keywords)
-    if "lr" not in built.defaults:
-        raise ValueError(f"optimizer {path} keeps no lr in its param groups: the schedule could not change it")
-    return built
+    return kind, _keywords(settings, kind)
 
 
 def step_foreign(part: torch.optim.Optimizer, path: str) -> None:

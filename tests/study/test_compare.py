@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sophia import compare, report
-from sophia.study import lock, timing
+from sophia.study import lock, read, timing
 from sophia.study.ledger import Ledger
 from sophia.study.measured import Cost
+from sophia.study.plan import plan
 from tests.study import tiny
 from tests.train import runs
 from tests.train.runs import sophia
@@ -203,6 +204,9 @@ def test_what_is_refused(whole, quick, tmp_path, data, capsys):
     assert "train-00000.tokens is damaged" in _refused(capsys, tiny.write_study(tmp_path, shard.parent), "--out", out)
     assert "missing.toml does not exist" in _refused(capsys, tmp_path / "missing.toml")
     assert "workers is 0" in _refused(capsys, file, "--out", out, "--workers", 0)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        assert "cannot be made a folder" in _refused(capsys, file, "--out", tmp_path / place)
     assert "minutes is 0" in _refused(capsys, file, "--out", out, "--minutes", 0)
     with lock.occupied(out):
         assert "is being advanced by process" in _refused(capsys, file, "--out", out)
@@ -271,6 +275,45 @@ def test_kill_of_the_study_itself(whole, quick, tmp_path):
     assert sophia("compare", file, "--out", out) == 0
     assert (out / "runs.jsonl").read_bytes().startswith(whole_lines)
     assert untimed(Ledger(out)) == untimed(Ledger(undisturbed))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_timing(whole, quick, capsys, monkeypatch, number, code):
+    file, out = whole
+    monkeypatch.setattr(timing, "measure", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert sophia("compare", file, "--out", out) == code
+    said = capsys.readouterr().out
+    assert f"{number.name}: stopped; all runs are finished and kept, and the same command goes on with" in said
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"machine": {', '"mach": {', "it has no 'machine'"),
+        ('"machine": {', '"machine": 5, "m": {', "machine is 5"),
+        ('"ratio": 1.0', '"ratio": "x"', "ratio is 'x'"),
+        ('"ratio": 1.0', '"ratio": null', "ratio is None"),
+        ('"ratio": 1.0', '"ratio": 0', "ratio is 0"),
+    ],
+)
+def test_a_damaged_timing(whole, quick, tmp_path, capsys, old, new, reason):
+    """It was a traceback."""
+    file, out = whole
+    for name in ("lock.json", "runs.jsonl"):
+        shutil.copy(out / name, tmp_path / name)
+    study = read.read_study(file)
+    costs = [asdict(cost) for cost in _invented(study, plan(study, Ledger(out).runs), None, None)]
+    lines = [{**cost, "settings": dict(cost["settings"]), "kind": cost["optimizer"]} for cost in costs]
+    content = json.dumps({"format": timing.FORMAT, "machine": {}, "costs": lines})
+    (tmp_path / timing.FILE).write_text(content)
+    assert sophia("compare", file, "--out", tmp_path, "--report") == 0
+    assert old in content
+    (tmp_path / timing.FILE).write_text(content.replace(old, new, 1))
+    capsys.readouterr()
+    said = _refused(capsys, file, "--out", tmp_path, "--report")
+    assert f"timing.json is damaged ({reason}): delete it, and it is measured again" in said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -282,7 +282,7 @@ def test_a_mistake_is_one_line_that_names_it(read, text, parts):
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.toml does not exist: give the TOML file of a study"):
         read_study(tmp_path / "nothing.toml")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ValueError, match="is a folder: give the TOML file of a study"):
         read_study(tmp_path)
 
 

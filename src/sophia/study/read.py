@@ -67,6 +67,8 @@ def read_study(path: Path | None) -> Study:
         raise ValueError(
             f"{path} does not exist: give the TOML file of a study, or none for the built-in one"
         ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder: give the TOML file of a study") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is not a TOML file: {problem}") from None
     return from_mapping(content, origin=path.name, folder=path.parent)

@@ -114,9 +114,12 @@ def read(study: Study, plan: Plan, out: Path) -> list[Cost]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, and this version of sophia reads {FORMAT}")
+        if not isinstance(content["machine"], dict):
+            raise TypeError(f"machine is {content['machine']!r}")
         stored = {(line["optimizer"], line["kind"], line["tokens_per_step"]): _cost(line) for line in content["costs"]}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"{path} is damaged ({problem!r}): delete it, and it is measured again") from None
+        reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+        raise ValueError(f"{path} is damaged ({reason}): delete it, and it is measured again") from None
     found = []
     for case in cases(study, plan):
         cost = stored.get((case.name, case.spec.kind, case.spec.tokens_per_step))
@@ -127,6 +130,12 @@ def read(study: Study, plan: Plan, out: Path) -> list[Cost]:
 
 def _cost(line: Mapping[str, Any]) -> Cost:
     values = {name: line[name] for name in Cost.__dataclass_fields__}
+    for name, value in values.items():
+        if name not in ("optimizer", "settings") and not isinstance(value, (int, float, type(None))):
+            raise TypeError(f"{name} is {value!r}")
+    for name in ("seconds_per_step", "ratio", "ratio_low", "ratio_high", "flops_per_step"):
+        if not (values[name] is not None and values[name] > 0):
+            raise ValueError(f"{name} is {values[name]!r}")
     return Cost(**{**values, "settings": settings(**values["settings"])})
 
 
@@ -176,7 +185,7 @@ def _rounds(
         started, rounds = time.monotonic(), 0
         while rounds < LEAST_ROUNDS or (rounds < _MOST_ROUNDS and time.monotonic() - started < _SECONDS):
             rounds += 1
-            report(f"timing, round {rounds}")
+            report(f"timing, round {rounds} of {LEAST_ROUNDS} to {_MOST_ROUNDS}")
             order = range(len(wanted)) if rounds % 2 else range(len(wanted) - 1, -1, -1)
             for number in order:
                 seconds[number].append(going[number].round() / going[number].steps)
