@@ -49,9 +49,12 @@ def open_text(study: Study, out: Path, *, make: bool = True, note: Callable[[str
         return StudyText(dataset=dataset, origin=study.data.text, sha256=study.data.sha256)
     folder, origin = out / FOLDER, out / _ORIGIN
     if (folder / MANIFEST).exists() and origin.exists():
-        dataset = _whole(folder) if make else Dataset.open(folder)
+        dataset = _made_before(folder, study.data.tokenizer, whole=make)
     elif not make:
-        raise ValueError(f"{folder} is missing, from which the runs in {out} learned: start a new study")
+        raise ValueError(
+            f"{folder} or {origin.name} is missing, from which the runs in {out} learned: without --report it is made "
+            "again, the same where this machine's text is the same"
+        )
     else:
         note("preparing this machine's own text")
         sources = find_sources((BUILTIN,), without=folder)
@@ -63,10 +66,29 @@ def open_text(study: Study, out: Path, *, make: bool = True, note: Callable[[str
         told = json.loads(origin.read_text(encoding="utf-8"))
         return StudyText(dataset=dataset, origin=told["text"], sha256=told["fingerprint"])
     except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{origin} is damaged ({problem!r}): start a new study with another --out") from None
+        raise ValueError(f"{origin} is damaged ({problem!r}): delete it, and the same command makes it again") from None
 
 
 def _whole(folder: Path) -> Dataset:
     dataset = Dataset.open(folder)
     dataset.verify()
+    return dataset
+
+
+def _made_before(folder: Path, tokenizer: str, *, whole: bool) -> Dataset:
+    """Builtin text that was prepared for this study.
+
+    Raises:
+        ValueError: It is damaged, or another tokenizer made it.
+    """
+    try:
+        dataset = _whole(folder) if whole else Dataset.open(folder)
+    except ValueError as problem:
+        raise ValueError(f"{problem}: delete {folder}, and the same command does so") from None
+    before = dataset.manifest.origin.get("recipe", {}).get("tokenizer", tokenizer)
+    if before != tokenizer:
+        raise ValueError(
+            f"data.tokenizer is {tokenizer}, but the study in {folder.parent} began with {before}: put it back, or "
+            "start a new study with another --out"
+        )
     return dataset
