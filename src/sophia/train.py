@@ -33,6 +33,8 @@ from sophia.session import Session, conditions, restore
 
 # A spike that comes back after so many rollbacks to one checkpoint is not the fault of single batches.
 _MOST_ROLLBACKS = 5
+LEFT_OUT = "not finite, update left out"
+"""How a note on such an update ends."""
 _USUALLY_HELPS = "A new run with a lower --lr or a longer --warmup-steps usually helps"
 
 
@@ -201,7 +203,7 @@ class Trainer:
         progress.not_finite += 1
         progress.not_finite_in_row += 1
         self.metrics.write({"step": step, "event": "skipped", "loss": loss, "grad_norm": norm})
-        self.note(f"step {step}: loss {loss:g}, gradient norm {norm:g}: not finite, update left out")
+        self.note(f"step {step}: loss {loss:g}, gradient norm {norm:g}: {LEFT_OUT}")
         if progress.not_finite_in_row >= self.settings.guards.max_skipped_steps:
             raise Diverged(
                 f"{progress.not_finite_in_row} updates in a row had a non-finite loss or gradient, up to step {step}; "

@@ -192,7 +192,9 @@ def test_divergence_is_a_result(tmp_path, data):
     assert found.evidence is None
     assert found.curve[0].val_loss is not None
     assert found.curve[-1].val_loss is None
-    assert any("not finite" in note for note in notes)
+    assert ["left out" in note for note in notes] == [True, False]  # not a line for each of ten updates
+    assert "updates in a row had a non-finite loss" in notes[1]
+    assert "checkpoint" not in notes[1]
 
 
 def test_a_loss_from_before_it_diverged_does_not_count(tmp_path, data):

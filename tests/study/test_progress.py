@@ -54,6 +54,21 @@ def test_a_line_for_each_finished_run():
     assert second == "adamw  lr 1  1 T  seed 1  diverged  12 s"
 
 
+def test_what_the_trainer_says_names_the_run():
+    progress, _, file = shown()
+    progress.begun(tiny.spec(lr=1.0))
+    progress.told(tiny.spec(lr=1.0).id, "spike")
+    assert file.getvalue() == "adamw  lr 1  1 T  seed 1: spike\n"
+
+
+def test_all_finished_runs_are_told_also_those_of_earlier_pieces():
+    progress, _, file = shown(terminal=True)
+    progress.plan(state(100), {one.spec.id: one for one in (finished(tiny.spec(seed=seed)) for seed in range(3))})
+    with progress:
+        progress.begun(tiny.spec(seed=5))
+    assert "3 runs finished, 1 going" in file.getvalue()
+
+
 def test_the_time_left_is_told_by_what_was_done_since_the_start():
     progress, clock, _ = shown()
     progress.plan(state(100), {})
@@ -85,7 +100,7 @@ def test_something_is_said_now_and_then_into_a_file():
     progress.step(tiny.spec().id, 10)
     progress.tick()
     progress.tick()
-    assert file.getvalue() == "0 runs finished since the start, 1 going, about 9 min left\n"
+    assert file.getvalue() == "0 runs finished, 1 going, about 9 min left, timing apart\n"
 
 
 def test_a_terminal_shows_the_best_so_far_and_what_is_going_on():

@@ -87,7 +87,7 @@ def _take(messages: list[Message], ledger: Ledger, pool: Pool, progress: Progres
         elif isinstance(message, Step):
             progress.step(message.id, message.step)
         elif isinstance(message, Note):
-            progress.note(f"run {message.id}: {message.text}")
+            progress.told(message.id, message.text)
         elif isinstance(message, Failed):
             failed = failed or message
     if failed is not None and failed.trace:

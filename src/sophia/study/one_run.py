@@ -31,14 +31,17 @@ from sophia.metrics import Metrics, RunMetrics, read_metrics
 from sophia.micro_batch import memory_told
 from sophia.run import RunFolder
 from sophia.session import Session
+from sophia.study import witness
 from sophia.study.runs import Evidence, FinishedRun, Point, RunSpec
 from sophia.study.settings import Study
-from sophia.train import Diverged, Outcome, Trainer
+from sophia.study.witness import WitnessedTrainer
+from sophia.train import LEFT_OUT, Diverged, Outcome
 
 # A kill costs at most this part of a run.
 _PARTS = 4
 _LOG_INTERVAL = 10
 _BEGUN = "begun.json"
+_FORMAT = 2  # of a run's folder; one of another format begins anew
 
 Note = Callable[[str], None]
 
@@ -87,9 +90,9 @@ def run(
         weights = json.loads((folder / _BEGUN).read_text(encoding="utf-8"))["weights"]
         finished = True
         try:
-            outcome = _train(going, signals, report, note)
+            outcome = _train(going, signals, report, _once(note))
         except Diverged as end:
-            note(str(end))
+            note(str(end).partition(";")[0])  # where its checkpoint was and what helps is no matter of a search
             finished = False
         else:
             if outcome.signal:
@@ -149,14 +152,14 @@ def _session(wanted: TrainSettings, folder: Path, here: World, note: Note) -> Se
     """A new session, or that of the run in the folder where it was begun with the same settings."""
     plain = json.loads(json.dumps(config.to_mapping(replace(wanted, data=None, out=None))))  # as it will be read
     begun = _begun(folder)
-    if begun is not None and begun.get("wanted") == plain:
+    if begun is not None and (begun.get("format"), begun.get("wanted")) == (_FORMAT, plain):
         own = replace(RunFolder(folder).settings(), data=wanted.data, out=folder)
         going = session.resume(folder, own, here, note)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         going = session.start(wanted, here, note)
     if going.resumed is None:
-        content = {"wanted": plain, "weights": weights_digest(going.model)}
+        content = {"format": _FORMAT, "wanted": plain, "weights": weights_digest(going.model)}
         partial = folder / f"{_BEGUN}.partial"
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(folder / _BEGUN)
@@ -182,6 +185,20 @@ class _Steps(Display):
         self._report(done)
 
 
+def _once(note: Note) -> Note:
+    """Of the updates that a run leaves out only the first is told: a search meets many rates that are too high."""
+    told = False
+
+    def first(text: str) -> None:
+        nonlocal told
+        left_out = text.endswith(LEFT_OUT)
+        if not (left_out and told):
+            note(text)
+        told = told or left_out
+
+    return first
+
+
 def _train(going: Session, signals: Signals, report: Callable[[int], None], note: Note) -> Outcome:
     steps = going.settings.schedule.steps
     assert steps is not None
@@ -194,7 +211,7 @@ def _train(going: Session, signals: Signals, report: Callable[[int], None], note
         Metrics(going.folder.path, resume_step=None if resumed is None else first, unseen=unseen) as metrics,
         memory_told(going),
     ):
-        return Trainer(going, display, metrics, signals, note).run()
+        return WitnessedTrainer(going, display, metrics, signals, note).run()
 
 
 def _curve(metrics: RunMetrics) -> tuple[Point, ...]:
@@ -232,7 +249,7 @@ def _evidence(going: Session, metrics: RunMetrics, weights: str, peak: float) ->
     told = session.conditions(going)
     return Evidence(
         weights=weights,
-        batches=_digest(part for index in (0, steps // 2, steps - 1) for part in going.batches.step(index)),
+        batches=_digest(witness.batches(going.folder.path, steps)),
         validation=_digest(going.validation.batch(range(going.validation.count))),
         last_lr_factor=metrics.training[-1]["lr"] / peak,
         refreshes=going.optimizers.refreshes,

@@ -40,7 +40,6 @@ class Progress:
         self._state: Plan | None = None
         self._runs: Mapping[str, FinishedRun] = {}
         self._steps = 0  # of runs that ended since we began
-        self._finished = 0
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(
@@ -67,11 +66,15 @@ class Progress:
         self._last_line = self._clock()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def told(self, run: str, text: str) -> None:
+        """Write what the trainer says of a run."""
+        one = self._going.get(run)
+        self.note(f"{run if one is None else self.described(one.spec)}: {text}")
+
     def finished(self, run: FinishedRun) -> None:
         """A run came to its end."""
         one = self._going.pop(run.spec.id, _Going(spec=run.spec))
         self._steps += run.spec.steps - (one.first or 0)
-        self._finished += 1
         loss = "diverged" if run.val_loss is None else f"loss {run.val_loss:.4f}"
         self.note(f"{self.described(run.spec)}  {loss}  {run.seconds:.0f} s")
 
@@ -108,8 +111,8 @@ class Progress:
 
     def _summary(self) -> str:
         left = self.seconds_left()
-        time_left = "" if left is None else f", about {duration(left)} left"
-        return f"{self._finished} runs finished since the start, {len(self._going)} going{time_left}"
+        time_left = "" if left is None else f", about {duration(left)} left, timing apart"
+        return f"{len(self._runs)} runs finished, {len(self._going)} going{time_left}"
 
     def _drawn(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold")
