@@ -343,6 +343,20 @@ def test_runs_that_diverged(results):
     assert "all diverged" in [data for data, place in page.texts if place[-1] == "text"]
 
 
+@pytest.mark.parametrize(
+    ("edges", "told"),
+    [([], False), (["gamma was not searched: trials were spent"], False), (["lr 0.01 is the highest"], True)],
+)
+def test_a_learning_rate_is_on_an_edge_where_it_is(results, edges, told):
+    """Another setting's edge is no news beside the curve of learning rates."""
+    for entry in results["optimizers"].values():
+        for search in entry["searches"]:
+            search["edges"] = edges
+    beside = [data for data, place in shown(results).texts if place[-1] == "text" and data.startswith("best at")]
+    assert len(beside) > 1
+    assert all(text.endswith(", on an edge") == told for text in beside)
+
+
 def test_bounds_are_marked(results):
     results["optimizers"]["muon"]["speedup_tokens"] = {
         "value": 4.0,
@@ -498,6 +512,8 @@ def test_numbers_are_written_as_people_do():
     assert numbers.setting("eps", 1e-12) == "1e-12"
     assert numbers.setting("bias_correction", True) == "true"
     assert numbers.setting("gamma", "auto") == "auto"
+    assert numbers.setting("arguments", ["momentum=0.9", "nesterov=True"]) == "momentum=0.9 nesterov=True"
+    assert numbers.setting("decay_by_name", []) == "none"
 
 
 def test_an_interval_excludes_what_it_does_not_hold():

@@ -43,6 +43,8 @@ def setting(name: str, value: object) -> str:
     """A setting's value, as in a study file."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return " ".join(setting(name, one) for one in value) or "none"
     found = number(value)
     if found is None or isinstance(value, int):
         return str(value)

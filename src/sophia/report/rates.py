@@ -40,7 +40,7 @@ def rates(results: Results, looks: dict[str, Look]) -> Picture | None:
                 found=found,
                 look=looks[name],
                 limits=limits,
-                edges=bool(items(searches[name], "edges")),
+                edges=any(str(edge).startswith("lr ") for edge in items(searches[name], "edges")),
             ),
             description=_describe(name, found),
             width=3.1,
