@@ -156,6 +156,7 @@ def test_killed_and_gone_on_with_it_is_the_same(tmp_path, data, monkeypatch):
         try:
             return run(data, tmp_path / "parts", spec, report=seen.append)
         finally:
+            runs.end_threads()
             began.append(seen[0])
 
     for _ in range(2):

@@ -69,9 +69,14 @@ def sophia(*words):
     except SystemExit as ended:
         return ended.code or 0
     finally:
-        for thread in threading.enumerate():  # what a process that ends takes with it
-            if thread.name == "checkpoint":
-                thread.join()
+        end_threads()
+
+
+def end_threads():
+    """What a process that ends takes with it: a checkpoint on its way would meet whoever goes on."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def train(data, out, **flags):
