@@ -65,7 +65,10 @@ class CompareSettings:
 
 
 def compare(settings: Annotated[CompareSettings, tyro.conf.arg(name="")]) -> None:
-    """Run a study, or go on with one: finished runs are kept, and never made again."""
+    """Run a study, or go on with one: finished runs are kept, and never made again.
+
+    docs/studies.md says what a study file holds, docs/protocol.md by which rules it is judged.
+    """
     piece = _Piece(settings, Console(stderr=settings.json))
     if settings.report:
         piece.report()
