@@ -327,6 +327,17 @@ def diverge(results, name, seeds):
                 point["val_loss"] = None
 
 
+def test_nothing_is_awaited_of_a_search_that_diverged(results):
+    """The study is whole without it."""
+    entry = results["optimizers"]["sophia-g"]
+    for key in ("best", "final_loss", "speedup_tokens", "speedup_seconds", "speedup_flops", "cost"):
+        entry[key] = None
+    results["runs"] = [run for run in results["runs"] if run["optimizer"] != "sophia-g" or run["role"] == "search"]
+    page = shown(results)
+    assert "not yet" not in page.text
+    assert "sophia-g (under test) diverged" in page.text
+
+
 def test_runs_that_diverged(results):
     diverge(results, "lion", {2})
     diverge(results, "signum", {1, 2, 3})

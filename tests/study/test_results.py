@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sophia.study import results
+from sophia.study import results, timing
+from sophia.study.measured import Cost
 from sophia.study.plan import plan
 from sophia.study.runs import settings
 from tests.study.example import CONTEXT, PRICE, STEP, TOKENS, WORTH, Example, loss_of, study_of
@@ -170,6 +171,38 @@ def test_a_study_gives_results_at_every_moment(most):
     assert len(found["runs"]) == most
     assert not found["complete"]
     assert found["verdict"].startswith("No verdict yet on sophia-g against adamw: ")
+
+
+@pytest.mark.parametrize("lost", ["adamw", "sophia-g"])
+def test_where_every_run_diverged_nothing_is_waited_for(lost):
+    """Of what has no best settings, no update can be timed."""
+    study = study_of(trials=6)
+    finished = simulate(study, lambda spec: None if spec.optimizer == lost else loss_of(spec))
+    state = plan(study, finished)
+    costs = [
+        Cost(
+            optimizer=case.name,
+            settings=case.spec.settings,
+            tokens_per_step=case.spec.tokens_per_step,
+            seconds_per_step=1.0,
+            ratio=1.0,
+            ratio_low=1.0,
+            ratio_high=1.0,
+            rounds=6,
+            steps_per_round=10,
+            refreshes_per_round=1 if case.name.startswith("sophia") else None,
+            flops_per_step=2.0 if case.name.startswith("sophia") else 1.0,
+            peak_memory_bytes=None,
+        )
+        for case in timing.cases(study, state)
+    ]
+    found = results.build(study, state, finished, costs, CONTEXT)
+    assert found["complete"]
+    assert found["verdict"] == f"No verdict on sophia-g against adamw: in the search of {lost} every run diverged."
+    assert not any("trials diverged" in flag for flag in found["flags"])
+    assert any(flag.startswith(lost) and flag.endswith("every run of the search diverged") for flag in found["flags"])
+    if costs:
+        assert not results.build(study, state, finished, costs[1:], CONTEXT)["complete"]
 
 
 def test_a_real_plan_gives_the_same_answer():

@@ -193,7 +193,7 @@ def _diverged(results: Results, name: str) -> int:
 
 
 def _no_loss(results: Results, name: str) -> str:
-    return "diverged" if _diverged(results, name) else "not yet"
+    return "diverged" if results.record.get("complete") is True or _diverged(results, name) else "not yet"
 
 
 def _claim(results: Results, name: str, entry: Record) -> str:

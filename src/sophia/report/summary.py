@@ -40,24 +40,29 @@ def flags(results: Results) -> Markup:
 
 def _key_numbers(results: Results) -> Markup | None:
     shown: list[Markup] = []
+    absent = "none" if results.record.get("complete") is True else "not yet"
     if results.baseline in results.entries:
         loss = estimate(results.entries[results.baseline], "final_loss")
-        shown.append(_key(f"Final loss, {results.baseline}", numbers.loss(loss and loss.value), loss, numbers.loss))
+        shown.append(
+            _key(f"Final loss, {results.baseline}", numbers.loss(loss and loss.value), loss, numbers.loss, absent)
+        )
     entry = results.entries.get(results.headline)
     if entry is not None:
         loss = estimate(entry, "final_loss")
-        shown.append(_key(f"Final loss, {results.headline}", numbers.loss(loss and loss.value), loss, numbers.loss))
+        shown.append(
+            _key(f"Final loss, {results.headline}", numbers.loss(loss and loss.value), loss, numbers.loss, absent)
+        )
         for key, title in (("tokens", "in tokens"), ("seconds", "in time"), ("flops", "in operations")):
             found = estimate(entry, f"speedup_{key}")
             text = numbers.speedup(found) + ("×" if found else "")
-            shown.append(_key(f"Speed-up {title}", text, found, numbers.ratio))
+            shown.append(_key(f"Speed-up {title}", text, found, numbers.ratio, absent))
     return tag("dl", *shown, class_="key") if shown else None
 
 
-def _key(name: str, text: str, found: Estimate | None, write: object) -> Markup:
+def _key(name: str, text: str, found: Estimate | None, write: object, absent: str) -> Markup:
     assert callable(write)
     if found is None:
-        note = "not yet"
+        note = absent
     elif found.bound is not None:
         note = "a bound only"
     elif found.low is None or found.high is None:

@@ -103,7 +103,7 @@ def _diverged(table: Standings) -> list[str]:
                 + ("; the baseline's curve leaves them out" if cell.optimizer == table.study.race.baseline else "")
             )
         found = [plain(trial.spec.settings) for trial in cell.trials if trial.finished and trial.loss is None]
-        if found:
+        if found and len(found) < len(cell.trials):  # or it is told as an edge
             told.append(f"{_place(cell)}: {len(found)} of {len(cell.trials)} trials diverged: {'; '.join(found)}")
     for one in table.plan.ablations:
         lost = [spec for spec in one.finals if spec.id in table.finished and table.finished[spec.id].val_loss is None]

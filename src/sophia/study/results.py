@@ -64,7 +64,12 @@ def build(
     """
     found = evidence.check(study, plan, finished, costs)
     table = Standings(study, plan, finished, costs)
-    timed = all(table.cost(entry.name, study.race.tokens_per_step) for entry in study.optimizers)
+    # What has only diverged has no settings to be timed with, nor has anything where that is the baseline.
+    lost = {cell.optimizer for cell in plan.cells if cell.steps * cell.tokens_per_step == study.race.tokens}
+    lost -= {cell.optimizer for cell in plan.cells if cell.best is not None}
+    timed = study.race.baseline in lost or all(
+        table.cost(entry.name, study.race.tokens_per_step) for entry in study.optimizers if entry.name not in lost
+    )
     results: dict[str, Any] = {
         "study": _study(study, context),
         "machine": _machine(context, finished),

@@ -20,7 +20,8 @@ def sentence(results: Mapping[str, Any], missing: str) -> str:
     if name is None:
         return f"No verdict: the study names no headline entry to hold against {baseline}."
     if missing:
-        return f"No verdict yet on {name} against {baseline}: {missing}."
+        yet = "" if results["complete"] else " yet"
+        return f"No verdict{yet} on {name} against {baseline}: {missing}."
     found = results["optimizers"][name]
     tokens, seconds = found["speedup_tokens"], found["speedup_seconds"]
     if tokens["value"] is None:
