@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ class _Piece:
             (self.out / outcome.STUDY).write_text(self.file, encoding="utf-8")
             if not state.done:
                 state, held = self._advance(ledger, text, held)
+            if state.done:  # entries that were taken out again have left halves of runs
+                shutil.rmtree(self.out / "work", ignore_errors=True)
             costs = self._time(state, text) if state.done else timing.read(self.study, state, self.out)
             self._conclude(state, ledger, costs, text, held)
 

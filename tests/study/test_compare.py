@@ -98,11 +98,13 @@ def test_a_whole_study(whole):
 
 def test_again_makes_no_run(whole, quick, capsys):
     file, out = whole
+    (out / "work" / "taken-out-again").mkdir(parents=True)
     before = (out / "runs.jsonl").read_bytes()
     del tiny.InProcess.latest
     assert sophia("compare", file, "--out", out) == 0
     assert not hasattr(tiny.InProcess, "latest")
     assert (out / "runs.jsonl").read_bytes() == before
+    assert not list((out / "work").glob("*"))
 
 
 def test_in_pieces_it_is_the_same(whole, quick, tmp_path, capsys, monkeypatch):
