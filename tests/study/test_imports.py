@@ -1,6 +1,7 @@
 """Mistakes in import paths are found before the first run."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,11 @@ def test_no_run_is_begun(write, tmp_path, capsys):
     assert "optimizer heavy: optimizer heavy_module:Heavier" in capsys.readouterr().err
     assert not (tmp_path / "out" / "runs.jsonl").exists()
     assert not (tmp_path / "out" / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_studies_of_this_repository_could_begin(path):
+    """Among them ablations that need all sequences of the common batch, beside a smaller batch of the pair."""
+    imports(read.read_study(path))

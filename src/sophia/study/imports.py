@@ -1,5 +1,7 @@
 """Whether what a study names by import path is there: asked before the first run, not hours later at its turn."""
 
+from dataclasses import replace
+
 from sophia.foreign import constructor, load_hook
 from sophia.study import check
 from sophia.study.settings import Study
@@ -11,11 +13,12 @@ def imports(study: Study) -> None:
     Raises:
         ValueError: Something is missing, or does not take a setting; the entry or ablation is named.
     """
+    race = replace(study.race, other_batches=())  # the reader has looked at those, where an entry runs there
     for entry in study.optimizers:
         searched = [({name: value}, f"optimizer {entry.name}: search") for name, row in entry.search for value in row]
         ablated = [(dict(one.settings), f"ablation {one.name}") for one in study.ablations if one.of == entry.name]
         for changes, where in [({}, f"optimizer {entry.name}"), *searched, *ablated]:
-            wanted = check.refuse(entry, study.race, study.model, changes, where)
+            wanted = check.refuse(entry, race, study.model, changes, where)
             try:
                 if wanted.hook:
                     load_hook(wanted.hook)
