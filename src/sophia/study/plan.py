@@ -81,10 +81,15 @@ def plan(study: Study, finished: Mapping[str, FinishedRun]) -> Plan:
     extra = best_batch_slots(study, first, batch, finished)
     slots = [*first, *extra, *others]
     ablations = [ablation_slot(study, one, slots, finished) for one in study.ablations]
+    found = tuple(_ablation_cell(one, slot) for one, slot in zip(study.ablations, ablations, strict=True))
 
     urgent: list[tuple[tuple[int, ...], RunSpec]] = []
     for slot in first:
         urgent += slot.wanted(search=(0,) if slot.main else (1, -slot.place.steps), finals=(2,))
+    # Nothing can be measured against a baseline that always diverges, and its entry can change in a new study only.
+    lost = any(slot.main and slot.searched and slot.best is None for slot in first)
+    if lost:
+        others, extra, ablations = [], [], []
     if all(slot.searched for slot in first):
         for slot in others:
             rank = ranks[slot.place.name]
@@ -100,15 +105,14 @@ def plan(study: Study, finished: Mapping[str, FinishedRun]) -> Plan:
             urgent += slot.wanted(search=(9,), finals=(10,), rank=rank)
     # Entry and ablation, or two ablations, may want the same run.
     wanted = {spec.id: spec for _, spec in sorted(urgent, key=lambda one: one[0])}
+    left = [(slot.runs_left * slot.place.steps, slot.place) for slot in (*first, *extra, *others, *ablations)]
     return Plan(
         cells=_cells(slots),
-        ablations=tuple(_ablation_cell(one, slot) for one, slot in zip(study.ablations, ablations, strict=True)),
+        ablations=found,
         wanted=tuple(wanted.values()),
-        steps_left=sum(slot.runs_left * slot.place.steps for slot in (*slots, *ablations)),
+        steps_left=sum(steps for steps, _ in left),
         done=not wanted,
-        tokens_left=sum(
-            slot.runs_left * slot.place.steps * slot.place.tokens_per_step for slot in (*slots, *ablations)
-        ),
+        tokens_left=sum(steps * place.tokens_per_step for steps, place in left),
     )
 
 
