@@ -11,7 +11,6 @@ from sophia.config import OptimizerSettings
 from sophia.curvature import GaussNewtonBartlett, Hutchinson
 from sophia.foreign import build_foreign
 from sophia.optim.lion import Lion
-from sophia.optim.signum import Signum
 from sophia.optim.soap import LARGEST, SOAP
 from sophia.parameter_groups import NamedParameters, parameter_groups
 
@@ -54,8 +53,9 @@ def _lion(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 
 def _signum(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    """The sign of the momentum: Lion with one decay for both of its averages."""
     assert settings.beta1 is not None
-    return [Signum(groups, lr=_lr(settings), beta=settings.beta1)]
+    return [Lion(groups, lr=_lr(settings), betas=(settings.beta1, settings.beta1))]
 
 
 def _muon(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:

@@ -15,7 +15,6 @@ from sophia.curvature import deferred_logits
 from sophia.foreign import Hook, load_hook, step_foreign
 from sophia.loss import CrossEntropy
 from sophia.optim.lion import Lion
-from sophia.optim.signum import Signum
 from sophia.optim.sophia import Sophia
 
 # Devices whose memory the host reads without waiting for anything.
@@ -143,7 +142,7 @@ def _reads_skips(part: torch.optim.Optimizer) -> bool:
     """Whether a flag that leaves out an update must be read before: where it is in main memory already, or in vain."""
     on_host = any(p.device.type in _READ_AT_ONCE for group in part.param_groups for p in group["params"])
     fused = isinstance(part, torch.optim.AdamW) and all(group["fused"] for group in part.param_groups)
-    return on_host or not (fused or isinstance(part, (Lion, Signum, Sophia)))
+    return on_host or not (fused or isinstance(part, (Lion, Sophia)))
 
 
 def _step_unless(part: torch.optim.Optimizer, skip: Tensor) -> None:

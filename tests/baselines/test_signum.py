@@ -1,10 +1,10 @@
-"""Signum is Sophia where curvature is zero, with half of its memory."""
+"""Signum, which is Lion with equal decays, is Sophia where curvature is zero, with half of its memory."""
 
 import pytest
 import torch
 
 from sophia import Sophia
-from sophia.optim.signum import Signum
+from sophia.optim.lion import Lion
 
 
 def run(optimizer, params, *, steps=30, skips=()):
@@ -32,7 +32,7 @@ def parameters(dtype):
 def test_it_is_sophia_without_curvature(dtype, decay):
     """Within the last bit by Sophia's plain operations, within rounding by its fast ones, which take other units."""
     ours, theirs, others = (parameters(dtype) for _ in range(3))
-    found = run(Signum(ours, beta=0.9, weight_decay=decay), ours)
+    found = run(Lion(ours, betas=(0.9, 0.9), weight_decay=decay), ours)
     sophia = run(Sophia(theirs, betas=(0.9, 0.99), weight_decay=decay, foreach=True), theirs)
     for a, b in zip(found, sophia, strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
@@ -42,14 +42,14 @@ def test_it_is_sophia_without_curvature(dtype, decay):
 
 def test_it_keeps_one_average():
     params = parameters(torch.float32)
-    optimizer = Signum(params)
+    optimizer = Lion(params)
     run(optimizer, params, steps=2)
     assert [set(optimizer.state[p]) for p in params] == [{"exp_avg"}] * 2
 
 
 def test_a_flag_on_the_device_leaves_a_step_out():
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    one, other = Signum(ours, weight_decay=0.1), Signum(theirs, weight_decay=0.1)
+    one, other = Lion(ours, weight_decay=0.1), Lion(theirs, weight_decay=0.1)
     run(one, ours, steps=3, skips=(2,))
     run(other, theirs, steps=2)
     for p, q in zip(ours, theirs, strict=True):
@@ -59,7 +59,7 @@ def test_a_flag_on_the_device_leaves_a_step_out():
 
 def test_what_has_no_gradient_stays_and_a_closure_is_run():
     a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    optimizer = Signum([a, b], lr=0.1)
+    optimizer = Lion([a, b], lr=0.1)
 
     def closure():
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def test_what_has_no_gradient_stays_and_a_closure_is_run():
     assert b.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"beta": 1.0}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}])
 def test_settings_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Signum([torch.ones(1, requires_grad=True)], **wrong)
+        Lion([torch.ones(1, requires_grad=True)], **wrong)

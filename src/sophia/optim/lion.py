@@ -15,6 +15,9 @@ class Lion(Optimizer):
         θ ← θ − η (u + λ θ)
         m ← β2 m + (1 − β2) g
 
+    With β1 = β2 what is signed is the new momentum: that is Signum (Bernstein et al. 2018, arXiv 1802.04434), and Sophia
+    where all curvature is zero, without the memory for it.
+
     Args:
         params: parameters or param groups.
         lr: η, what every coordinate moves in a step (decay apart).
@@ -37,11 +40,11 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        if lr < 0:
+        if not lr >= 0:
             raise ValueError(f"lr is {lr}; it must not be negative")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas are {betas}; both must be at least 0 and below 1")
-        if weight_decay < 0:
+        if not weight_decay >= 0:
             raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
