@@ -15,8 +15,8 @@ class Lion(Optimizer):
         θ ← θ − η (u + λ θ)
         m ← β2 m + (1 − β2) g
 
-    With β1 = β2 what is signed is the new momentum: that is Signum (Bernstein et al. 2018, arXiv 1802.04434), and Sophia
-    where all curvature is zero, without the memory for it.
+    With β1 = β2 what is signed is the new momentum: that is Signum (Bernstein et al. 2018, arXiv 1802.04434), and
+    Sophia where all curvature is zero, without the memory for it.
 
     Args:
         params: parameters or param groups.
