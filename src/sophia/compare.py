@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sophia.distributed import pick_device
 from sophia.guards import Signals
+from sophia.occupied import occupied
 from sophia.prepare import usable_cores
 from sophia.rank_errors import many
 from sophia.study import lock, outcome, read, timing
@@ -108,7 +109,7 @@ class _Piece:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise ValueError(f"{self.out} cannot be made a folder ({problem.strerror}): choose another --out") from None
-        with lock.occupied(self.out):
+        with occupied(self.out, f"the study in {self.out} is being advanced"):
             text = open_text(self.study, self.out, note=self.say)
             ledger = Ledger(self.out, note=self.say)
             held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=bool(ledger.runs))

@@ -1,9 +1,6 @@
 """A run folder: where its files are, and how a trained model comes out of it again."""
 
-import contextlib
-import os
-import platform
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +10,7 @@ from tokenizers import Tokenizer
 from sophia import checkpoint, snapshot
 from sophia.config import TrainSettings, read_toml
 from sophia.model import GPT, GPTConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two processes from training one run
-    fcntl = None  # type: ignore[assignment]
+from sophia.occupied import occupied
 
 
 @dataclass(frozen=True)
@@ -58,33 +51,14 @@ class RunFolder:
             raise ValueError(f"{self.path} is not a run folder: it {what}; give the folder that sophia train wrote")
         return read_toml(self.config)
 
-    @contextlib.contextmanager
-    def occupied(self) -> Iterator[None]:
-        """Keep other processes from training this run as long as the context lasts; a kill ends it, too.
+    def occupied(self) -> AbstractContextManager[None]:
+        """Keep other processes from training this run as long as the context lasts.
 
         Raises:
             ValueError: Another process is at it.
             OSError: The folder cannot be written.
         """
-        # The file stays: were it removed, two processes could each hold a lock on a file of this name.
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                self._lock(handle)
-            yield
-        finally:
-            os.close(handle)
-
-    def _lock(self, handle: int) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 200).decode(errors="replace") or "another process"
-            raise ValueError(f"{self.path} is being trained by {owner}: wait for its end, or stop it first") from None
-        except OSError:
-            return  # a network file system without locks
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+        return occupied(self.path, f"{self.path} is being trained")
 
 
 @dataclass(frozen=True, kw_only=True)

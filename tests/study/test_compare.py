@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from sophia import compare, report
+from sophia.occupied import occupied
 from sophia.study import lock, read, timing
 from sophia.study.ledger import Ledger
 from sophia.study.measured import Cost
@@ -175,7 +176,7 @@ def test_report_alone_changes_no_run(whole, quick, tmp_path, capsys):
     (here / "lock.json").write_bytes((out / "lock.json").read_bytes())
     content = (out / "runs.jsonl").read_bytes()
     (here / "runs.jsonl").write_bytes(content[: len(content) // 2])  # while another process is writing
-    with lock.occupied(here):
+    with occupied(here, f"the study in {here} is being advanced"):
         assert sophia("compare", file, "--out", here, "--report") == 0
     assert (here / "runs.jsonl").read_bytes() == content[: len(content) // 2]
     assert results(here)["complete"] is False
@@ -210,7 +211,7 @@ def test_what_is_refused(whole, quick, tmp_path, data, capsys):
     for place in ("file", "file/below"):
         assert "cannot be made a folder" in _refused(capsys, file, "--out", tmp_path / place)
     assert "minutes is 0" in _refused(capsys, file, "--out", out, "--minutes", 0)
-    with lock.occupied(out):
+    with occupied(out, f"the study in {out} is being advanced"):
         assert "is being advanced by process" in _refused(capsys, file, "--out", out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from sophia.occupied import occupied
 from sophia.study import lock, read
 from sophia.study.settings import Entry
 from tests.study import tiny
@@ -124,11 +125,11 @@ def test_it_is_noted_once_when_the_first_run_under_test_starts(tmp_path, monkeyp
 
 
 def test_one_process_at_a_time(tmp_path):
-    program = "import sys; from pathlib import Path; from sophia.study.lock import occupied\n"
-    program += "with occupied(Path(sys.argv[1])): pass"
-    with lock.occupied(tmp_path):
+    program = "import sys; from pathlib import Path; from sophia.occupied import occupied\n"
+    program += "with occupied(Path(sys.argv[1]), 'the study is being advanced'): pass"
+    with occupied(tmp_path, "the study is being advanced"):
         done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
         assert "is being advanced by process" in done.stderr
         assert "wait for its end" in done.stderr
-    with lock.occupied(tmp_path):
+    with occupied(tmp_path, "the study is being advanced"):
         pass

@@ -1,22 +1,14 @@
-"""What a study may not change once it has begun: `lock.json`; and that one process at a time works on it."""
+"""What a study may not change once it has begun: `lock.json`."""
 
-import contextlib
 import hashlib
 import json
-import os
-import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sophia import machine
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two processes from working on one study
-    fcntl = None  # type: ignore[assignment]
 
 FILE = "lock.json"
 FORMAT = 1
@@ -121,36 +113,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], table: str = ""
         elif old != new:
             found[name] = (old, new)
     return found
-
-
-@contextlib.contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keep other processes from advancing this study as long as the context lasts; a kill ends it, too.
-
-    Raises:
-        ValueError: Another process is at it.
-        OSError: The folder cannot be written.
-    """
-    # The file stays: were it removed, two processes could each hold a lock on a file of this name.
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            _lock(handle, folder)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(handle, 200).decode(errors="replace") or "another process"
-        raise ValueError(f"the study in {folder} is being advanced by {owner}: wait for its end, or stop it") from None
-    except OSError:
-        return  # a network file system without locks
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def _read(path: Path) -> Lock:
