@@ -23,6 +23,8 @@ import torch.multiprocessing as mp
 # A rank that waits for another one in a collective call gives up before the parent does, so that its traceback says
 # where it was.
 _COLLECTIVE_LIMIT = timedelta(seconds=25)
+# gloo's connections fail now and then on a busy machine ("connectFullMesh failed"), before any function is called.
+_MEETINGS = 3
 # What the server imports once, and each worker has from it in milliseconds.
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "sophia.train_command"]
 
@@ -56,13 +58,17 @@ class Ranks:
             RankFailed: the function raised on some rank.
             TimeoutError: some rank had no result in time. The workers are killed; the next call starts new ones.
         """
-        self._start(world)
-        self._calls += 1
-        # A rendezvous by file: parallel test runs cannot take each other's port.
-        store = self._folder / f"store-{self._calls}"
-        for rank, (_, pipe) in enumerate(self._workers[:world]):
-            pipe.send_bytes(pickle.dumps((function, args, rank, world, str(store))))
-        answers = self._collect(world, seconds)
+        for _ in range(_MEETINGS):
+            self._start(world)
+            self._calls += 1
+            # A rendezvous by file: parallel test runs cannot take each other's port.
+            store = self._folder / f"store-{self._calls}"
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send_bytes(pickle.dumps((function, args, rank, world, str(store))))
+            answers = self._collect(world, seconds)
+            if all(good is not None for good, _ in answers):
+                break
+            self.close()  # who failed to meet once numbers its next groups otherwise, and would never meet the others
         failures = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         if failures:
             raise RankFailed("\n".join(failures))
@@ -84,10 +90,10 @@ class Ranks:
             theirs.close()
             self._workers.append((process, ours))
 
-    def _collect(self, world: int, seconds: float) -> list[tuple[bool, Any]]:
+    def _collect(self, world: int, seconds: float) -> list[tuple[bool | None, Any]]:
         deadline = time.monotonic() + seconds
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world])}
-        answers: dict[int, tuple[bool, Any]] = {}
+        answers: dict[int, tuple[bool | None, Any]] = {}
         while waiting:
             ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             for pipe in ready:
@@ -118,11 +124,17 @@ def _serve(pipe: connection.Connection) -> None:
             pipe.send_bytes(answer)
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, store: str) -> tuple[bool, Any]:
+def _call(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, store: str
+) -> tuple[bool | None, Any]:
+    """Whether the function returned, and what; None where the ranks have not met."""
     torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=_COLLECTIVE_LIMIT
-    )
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=_COLLECTIVE_LIMIT
+        )
+    except Exception:
+        return None, traceback.format_exc()
     try:
         answer = True, function(*args)
     except BaseException:

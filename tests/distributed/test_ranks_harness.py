@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.ranks import RankFailed
+from tests.distributed.ranks import RankFailed, Ranks
 
 
 def place_and_sum(offset):
@@ -35,6 +35,21 @@ def sleep_on_rank_one():
 def test_results_come_in_the_order_of_ranks(ranks, world):
     total = sum(range(world)) + 10 * world
     assert ranks.run(place_and_sum, 10, world=world) == [(rank, world, total) for rank in range(world)]
+
+
+def test_ranks_that_do_not_meet_try_again_as_new_processes(tmp_path):
+    """Once gloo has failed on one rank, that rank's next groups have other names than everybody's."""
+    own = Ranks(tmp_path)
+    try:
+        (tmp_path / "store-1").mkdir()  # where their first rendezvous would be
+        assert own.run(place_and_sum, 10) == [(0, 2, 21), (1, 2, 21)]
+        for number in range(3, 6):
+            (tmp_path / f"store-{number}").mkdir()
+        with pytest.raises(RankFailed, match="init_process_group"):
+            own.run(place_and_sum, 10)
+        assert own.run(place_and_sum, 20) == [(0, 2, 41), (1, 2, 41)]
+    finally:
+        own.close()
 
 
 def test_a_failure_on_one_rank_frees_those_that_wait(ranks):
