@@ -72,7 +72,8 @@ def curvature_share(optimizer: str, *, rows_fraction: float, interval: int = 10)
     """What curvature costs, as a fraction of the training FLOPs without it.
 
     A Gauss-Newton-Bartlett estimate is a forward and a backward pass over a fraction of the batch. Hutchinson's is
-    about three: the gradient with its graph, and a backward pass through both.
+    about three: the gradient with its graph, and a backward pass through both. Sophia-K's products and decompositions
+    of matrices depend on the model alone, and are not in it.
     """
-    passes = {"sophia-g": 1, "sophia-h": 3}.get(optimizer, 0)
+    passes = {"sophia-g": 1, "sophia-h": 3, "sophia-k": 1}.get(optimizer, 0)
     return passes * rows_fraction / interval

@@ -201,7 +201,7 @@ def _train(config: GPTConfig, case: Case, device: torch.device) -> None:
     if case.optimizer.startswith("sophia"):
         rows, chunks = case.curvature
         recipe |= {"curvature_rows": rows, "curvature_interval": _CURVATURE_INTERVAL}
-        recipe |= {"curvature_chunks": chunks} if case.optimizer == "sophia-g" else {}
+        recipe |= {"curvature_chunks": chunks} if case.optimizer in ("sophia-g", "sophia-k") else {}
     optimizers = Optimizers(OptimizerSettings(optimizer=case.optimizer, **recipe), model, seed=0)
     stepper = Stepper(
         model=model,

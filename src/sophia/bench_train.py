@@ -241,7 +241,7 @@ def _recipe(settings: TrainBenchSettings, optimizer: OptimizerName, rows: int) -
         wanted, chunks = settings.curvature_rows, min(chunks, settings.curvature_rows)
     if optimizer.startswith("sophia"):
         recipe["curvature_rows"] = wanted
-    if optimizer == "sophia-g":
+    if optimizer in ("sophia-g", "sophia-k"):
         recipe["curvature_chunks"] = chunks
     return recipe
 

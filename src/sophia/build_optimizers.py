@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from sophia import SophiaG, SophiaH
+from sophia import SophiaG, SophiaH, SophiaK
 from sophia.config import OptimizerSettings
 from sophia.curvature import GaussNewtonBartlett, Hutchinson
 from sophia.foreign import build_foreign
+from sophia.meaning import MATRIX_SETTINGS
 from sophia.optim.lion import Lion
 from sophia.optim.soap import LARGEST, SOAP
 from sophia.parameter_groups import NamedParameters, parameter_groups
@@ -19,6 +20,8 @@ Parts = list[torch.optim.Optimizer]
 
 # torch's NAdam has μ_t = β1 (1 − ½ 0.96^(t ψ)): with this ψ it is β1 in all steps.
 _HELD = 1e6
+# Of AdamW beside Sophia-K, whose settings' betas are those of matrices.
+_ADAMW_BETAS = (0.9, 0.95)
 
 
 def build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> Parts:
@@ -64,6 +67,16 @@ def _muon(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
     One learning rate serves both, because Muon's update is scaled to the root mean square of AdamW's ("Muon is Scalable
     for LLM Training", arXiv 2502.16982).
     """
+    matrices, others = _split(groups)
+    betas: Any = (0.9, settings.beta2)  # of AdamW; Muon's momentum is its own
+    adamw = torch.optim.AdamW(others, lr=_lr(settings), betas=betas, fused=_can_fuse(others))
+    momentum = settings.beta1 or 0.0
+    muon = torch.optim.Muon(matrices, lr=_lr(settings), momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+def _split(groups: Groups) -> tuple[Groups, Groups]:
+    """Hidden layers' matrices, and all else."""
     matrices: Groups = []
     others: Groups = []
     for group in groups:
@@ -71,11 +84,7 @@ def _muon(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
             params = [(n, p) for n, p in group["params"] if (p.ndim == 2 and "blocks." in n) is wanted]
             if params:
                 chosen.append({**group, "params": params})
-    betas: Any = (0.9, settings.beta2)  # of AdamW; Muon's momentum is its own
-    adamw = torch.optim.AdamW(others, lr=_lr(settings), betas=betas, fused=_can_fuse(others))
-    momentum = settings.beta1 or 0.0
-    muon = torch.optim.Muon(matrices, lr=_lr(settings), momentum=momentum, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return matrices, others
 
 
 def _soap(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
@@ -87,12 +96,31 @@ def _soap(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 
 def _sophia_g(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
-    return [SophiaG(groups, **_sophia(settings, seed), estimator=GaussNewtonBartlett(noise=settings.curvature_noise))]
+    estimator = GaussNewtonBartlett(noise=settings.curvature_noise or "labels")
+    return [SophiaG(groups, **_sophia(settings, seed), **_diagonal(settings), estimator=estimator)]
 
 
 def _sophia_h(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
     # The form that works under DDP and FSDP2, too: one number of ranks gives the curvature of another.
-    return [SophiaH(groups, **_sophia(settings, seed), estimator=Hutchinson(product="finite_difference"))]
+    estimator = Hutchinson(product="finite_difference")
+    return [SophiaH(groups, **_sophia(settings, seed), **_diagonal(settings), estimator=estimator)]
+
+
+def _sophia_k(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
+    """Sophia-K on the blocks' matrices; on embeddings and vectors what Muon leaves them, with AdamW's own betas."""
+    matrices, others = _split(groups)
+    own: Groups = [{**group, "hidden": True} for group in matrices]
+    own += [{**group, "hidden": False, "betas": _ADAMW_BETAS} for group in others]
+    chosen = {name: getattr(settings, name) for name in MATRIX_SETTINGS if getattr(settings, name) is not None}
+    if settings.update_rms == 0:
+        chosen["update_rms"] = None
+    estimator = GaussNewtonBartlett(noise=settings.curvature_noise or "signs")
+    return [SophiaK(own, **_sophia(settings, seed), **chosen, estimator=estimator)]
+
+
+def _diagonal(settings: OptimizerSettings) -> dict[str, Any]:
+    """What only the optimizers with one basis have."""
+    return {"clip_target": settings.clip_target, "bias_correction": settings.bias_correction}
 
 
 def _sophia(settings: OptimizerSettings, seed: int) -> dict[str, Any]:
@@ -100,9 +128,7 @@ def _sophia(settings: OptimizerSettings, seed: int) -> dict[str, Any]:
         "lr": _lr(settings),
         "betas": _betas(settings),
         "gamma": settings.gamma,
-        "clip_target": settings.clip_target,
-        "eps": SophiaG.PAPER["eps"] if settings.eps is None else settings.eps,
-        "bias_correction": settings.bias_correction,
+        **({} if settings.eps is None else {"eps": settings.eps}),
         "seed": seed,
         "curvature_interval": settings.curvature_interval,
         "state_dtype": torch.bfloat16 if settings.state_dtype == "bf16" else None,
@@ -120,6 +146,7 @@ BUILDERS: Mapping[str, Builder] = MappingProxyType(
         "soap": _soap,
         "sophia-g": _sophia_g,
         "sophia-h": _sophia_h,
+        "sophia-k": _sophia_k,
     }
 )
 

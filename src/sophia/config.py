@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OptimizerName = Literal["sophia-g", "sophia-h", "adamw", "nadamw", "lion", "signum", "muon", "soap"]
+OptimizerName = Literal["sophia-g", "sophia-h", "sophia-k", "adamw", "nadamw", "lion", "signum", "muon", "soap"]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 # What stands for all optimizers that are given by an import path.
 FOREIGN = "package.module:Class"
@@ -62,8 +62,9 @@ class OptimizerSettings:
     """The optimizer. What is left open comes from the preset."""
 
     optimizer: str = "sophia-g"
-    """Which rule updates the weights: sophia-g, sophia-h, adamw, nadamw, lion, signum, muon (for matrices inside
-    blocks; AdamW takes the rest) or soap; or package.module:Class, any torch.optim.Optimizer, with --lr."""
+    """Which rule updates the weights: sophia-g, sophia-h, sophia-k, adamw, nadamw, lion, signum, muon or soap; or
+    package.module:Class, any torch.optim.Optimizer, with --lr. Sophia-K and Muon are for matrices inside blocks; the
+    rest takes AdamW's rule."""
     recipe: Literal["preset", "paper"] = "preset"
     """Where settings come from that are left open: the preset, which may have found better ones for its size; or the
     Sophia paper, for sophia-g, sophia-h, adamw and lion, with the preset's learning rate."""
@@ -91,28 +92,50 @@ class OptimizerSettings:
     """SOAP: steps from one eigenbasis to the next."""
     gamma: float | Literal["auto"] | None = None
     """Sophia: factor on the curvature; right when 10 to 50 percent of the coordinates are not clipped. auto sets it
-    with every estimate anew, so that clip_target of them are clipped."""
+    with every estimate anew, so that clip_target of them are clipped; not for Sophia-K."""
     clip_target: float | None = None
-    """Sophia with gamma auto: share of the coordinates to clip; open: 0.7."""
+    """Sophia-G and -H with gamma auto: share of the coordinates to clip; open: 0.7."""
     eps: float | None = None
     """Sophia: least denominator of the update; open: 1e-12."""
     bias_correction: bool = False
-    """Sophia: make the average of curvature estimates whole from the first on, as AdamW does; the paper's grows from
-    zero to half of its value in 69 estimates."""
+    """Sophia-G and -H: make the average of curvature estimates whole from the first on, as AdamW does and Sophia-K
+    always; the paper's grows from zero to half of its value in 69 estimates."""
     curvature_interval: int = 10
-    """Sophia: steps from one curvature estimate to the next."""
+    """Sophia: steps from one curvature estimate to the next; for Sophia-K from one basis to the next, too."""
     refresh_when: Literal["before", "after"] = "before"
     """Sophia: estimate curvature before an update, from its batch; or after the one before that, from that one's batch
     at the new weights, as the authors' code does. The first estimate comes before the first update in any case."""
     curvature_rows: int | None = None
     """Sophia: sequences of the batch from which curvature is estimated; open: a sixteenth of them, or four."""
     curvature_chunks: int | None = None
-    """Sophia-G: parts of those sequences whose sampled gradients are squared apart; more give less noise. Open: 4, or
-    as many as keep each within a micro-batch."""
-    curvature_noise: Literal["labels", "signs"] = "labels"
-    """Sophia-G: sampled labels as in the paper, or random signs through the output's curvature: less noise."""
+    """Sophia-G and -K: parts of those sequences whose sampled gradients are squared apart; more give less noise. Open:
+    4, or as many as keep each within a micro-batch."""
+    curvature_noise: Literal["labels", "signs"] | None = None
+    """Sophia-G and -K: sampled labels as in the paper, or random signs through the output's curvature: less noise.
+    Open: labels for Sophia-G, signs for Sophia-K."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Sophia: of momentum and curvature; bf16 takes 4 bytes a parameter instead of 8, rounded stochastically."""
+    basis: Literal["both", "smaller", "none"] | None = None
+    """Sophia-K: sides of a matrix that are turned into the curvature's basis; open: the smaller one."""
+    factors: Literal["curvature", "gradients"] | None = None
+    """Sophia-K: what the basis is made of, sampled curvature or the gradients of all steps; open: curvature."""
+    diagonal: Literal["curvature", "gradients"] | None = None
+    """Sophia-K: what a matrix's update is divided by in the basis, sampled curvature or an average of squared
+    gradients; open: curvature."""
+    exponent: float | None = None
+    """Sophia-K: of that divisor; open: 1, as Newton's; 0.5 is Adam's."""
+    clip: bool | None = None
+    """Sophia-K: clip coordinates in the basis; open: yes."""
+    orthogonalize: int | None = None
+    """Sophia-K: Newton-Schulz steps on a matrix's update, as Muon's; 0 for none. Open: 5."""
+    update_rms: float | None = None
+    """Sophia-K: root mean square of a matrix's update before the learning rate, 0 for whatever it is; open: 0.2, about
+    AdamW's."""
+    nesterov: bool | None = None
+    """Sophia-K: a step ahead with the momentum, for matrices inside blocks; open: yes."""
+    others: Literal["gradients", "curvature"] | None = None
+    """Sophia-K: what moves all other parameters, AdamW's rule (gradients) or Sophia-G's (curvature); open:
+    gradients."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is none."""

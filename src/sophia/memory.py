@@ -32,6 +32,7 @@ Not counted: the process itself.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -39,8 +40,10 @@ from typing import Literal
 from sophia.accounting import ParameterCount, count_parameters
 from sophia.loss import chunk_rows
 from sophia.model import GPTConfig
+from sophia.optim.kronecker import Sides, turned
 from sophia.optim.products import BLOCK
 from sophia.optim.soap import LARGEST as SOAP_LARGEST
+from sophia.optim.sophia_k import SophiaK
 from sophia.optim.update import BUCKET
 
 Precision = Literal["fp32", "bf16"]
@@ -48,6 +51,7 @@ Parallel = Literal["none", "ddp", "fsdp"]
 
 _FP32 = 4
 _BF16 = 2
+_SOPHIA_K_LARGEST: int = inspect.signature(SophiaK).parameters["max_basis_dim"].default
 # On CUDA what PyTorch has cuBLAS keep on Hopper (8 MiB on earlier GPUs), elsewhere what libraries were seen to keep.
 _WORKSPACE = {"cuda": 32 << 20}
 _OTHER_WORKSPACE = 8 << 20
@@ -102,6 +106,7 @@ def step_memory(
     parallel: Parallel = "none",
     ranks: int = 1,
     state_dtype: Precision = "fp32",
+    basis: Sides = "smaller",
 ) -> MemoryEstimate:
     """The peak of a training step on each device, see the module's text.
 
@@ -119,6 +124,7 @@ def step_memory(
         parallel: "ddp" has everything on each rank, "fsdp" shards parameters, gradients and optimizer state.
         ranks: Devices.
         state_dtype: Of Sophia's state.
+        basis: Of Sophia-K: the sides of a matrix that it turns.
 
     Raises:
         ValueError: The optimizer is unknown, a count is below 1, or the context is longer than the model's.
@@ -144,15 +150,19 @@ def step_memory(
         replicated=parallel == "ddp" and ranks > 1,
         ranks=ranks,
         state_dtype=state_dtype,
+        basis=basis,
     )
     return max(step.moments(), key=lambda moment: moment.total)
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: str, state_dtype: Precision = "fp32") -> int:
+def optimizer_bytes(
+    config: GPTConfig, optimizer: str, state_dtype: Precision = "fp32", basis: Sides = "smaller"
+) -> int:
     """What the optimizer keeps between steps, unsharded: averages the size of parameters, in fp32 but for Sophia.
 
-    SOAP keeps two square matrices more for each side that it turns. A foreign optimizer, by its import path, is taken
-    for one with two averages.
+    SOAP and Sophia-K keep two square matrices more for each side that they turn. They are always in fp32, and so is
+    Sophia-K's average of squared gradients, outside the blocks' matrices. A foreign optimizer, by its import path, is
+    taken for one with two averages.
 
     Raises:
         ValueError: The optimizer is unknown.
@@ -165,18 +175,34 @@ def optimizer_bytes(config: GPTConfig, optimizer: str, state_dtype: Precision = 
         return _FP32 * (2 * count.total + 2 * sum(side**2 for side in _turned_sides(config)))
     if optimizer == "muon":  # momentum of the matrices, AdamW for the rest
         return _FP32 * (count.matrices + 2 * (count.total - count.matrices))
-    if optimizer not in averages:
-        raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {', '.join([*averages, 'muon', 'soap'])}")
     each = _BF16 if state_dtype == "bf16" and optimizer.startswith("sophia") else _FP32
+    if optimizer == "sophia-k":
+        squares = 2 * sum(side**2 for side in _matrix_sides(config, basis))
+        outside = count.total - count.matrices
+        return each * (count.total + count.matrices) + _FP32 * (outside + squares)
+    if optimizer not in averages:
+        names = ", ".join([*averages, "muon", "soap", "sophia-k"])
+        raise ValueError(f"optimizer {optimizer!r} is unknown; choose from {names}")
     return each * averages[optimizer] * count.total
 
 
 def _turned_sides(config: GPTConfig) -> Iterator[int]:
     """Sizes of all sides that the trainer's SOAP turns: as large as a block's largest at most."""
-    width, largest = config.width, min(4 * config.width, SOAP_LARGEST)
-    blocks = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * config.layers
-    for shape in (*blocks, (config.head_rows, width), (config.context, width)):
+    largest = min(4 * config.width, SOAP_LARGEST)
+    for shape in (*_blocks(config), (config.head_rows, config.width), (config.context, config.width)):
         yield from (side for side in shape if side <= largest)
+
+
+def _matrix_sides(config: GPTConfig, basis: Sides) -> Iterator[int]:
+    """Sizes of all sides that Sophia-K turns."""
+    for shape in _blocks(config):
+        yield from (side for side, wanted in zip(shape, turned(shape, basis, _SOPHIA_K_LARGEST), strict=True) if wanted)
+
+
+def _blocks(config: GPTConfig) -> list[tuple[int, int]]:
+    """Shapes of the blocks' matrices."""
+    width = config.width
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * config.layers
 
 
 def block_bytes(config: GPTConfig, *, context: int, low: bool, device: str, residual: int = _FP32) -> int:
@@ -213,6 +239,7 @@ class _Step:
     replicated: bool
     ranks: int
     state_dtype: Precision
+    basis: Sides
 
     def moments(self) -> Iterator[MemoryEstimate]:
         """Each moment that can be the peak."""
@@ -235,6 +262,8 @@ class _Step:
         yield self.moment("optimizer step", gradients=self.model, other=self.step_temporaries)
         if self.optimizer == "sophia-g":
             yield from self.sampled_curvature()
+        if self.optimizer == "sophia-k":
+            yield from self.matrix_curvature()
         if self.optimizer == "sophia-h":
             yield from self.finite_difference()
 
@@ -246,7 +275,7 @@ class _Step:
         return MemoryEstimate(
             parameters=self.model // share,
             gradients=gradients // share,
-            optimizer=optimizer_bytes(self.config, self.optimizer, self.state_dtype) // share,
+            optimizer=optimizer_bytes(self.config, self.optimizer, self.state_dtype, self.basis) // share,
             activations=activations,
             logits=logits,
             other=other + self.gathered + _WORKSPACE.get(self.device, _OTHER_WORKSPACE),
@@ -268,6 +297,14 @@ class _Step:
         On one device each gradient is squared as soon as it is there, the embedding's last.
         """
         held = self.model * ((self.curvature_chunks > 1) + self.replicated)
+        yield from self.sampled_passes(held)
+        if self.sharded or self.replicated:
+            yield self.moment("curvature, first block", gradients=held + self.model + self.embedding)
+        else:
+            yield self.moment("curvature, first block", gradients=self.model + 2 * self.embedding)
+
+    def sampled_passes(self, held: int) -> Iterator[MemoryEstimate]:
+        """Forward and backward pass of a chunk, with so many bytes of gradients and sums beside them."""
         stored = self.stored(self.curvature_tokens)
         yield self.moment(
             "curvature, head",
@@ -284,10 +321,22 @@ class _Step:
             activations=stored + self.working(self.curvature_tokens),
             other=self.late_copies,
         )
-        if self.sharded or self.replicated:
-            yield self.moment("curvature, first block", gradients=held + self.model + self.embedding)
-        else:
-            yield self.moment("curvature, first block", gradients=self.model + 2 * self.embedding)
+
+    def matrix_curvature(self) -> Iterator[MemoryEstimate]:
+        """Gauss-Newton-Bartlett for Sophia-K. Gradients: those of a whole chunk, beside the sums so far.
+
+        Sums are the squares and outer products of the blocks' matrices; by default nothing else has curvature. Adding
+        to them takes a matrix in its basis; a new basis about nine matrices of its size, by measurement.
+        """
+        sides = [side**2 for side in _matrix_sides(self.config, self.basis)]
+        sums, matrix = _FP32 * (self.count.matrices + sum(sides)), _FP32 * 4 * self.config.width**2
+        held, gradients = sums * (self.curvature_chunks > 1), self.model * (1 + self.replicated)
+        yield from self.sampled_passes(held + self.model * self.replicated)
+        yield self.moment("curvature, first block", gradients=held + gradients + self.embedding)
+        yield self.moment("curvature, sums", gradients=sums + gradients, other=matrix)
+        yield self.moment(
+            "curvature, bases", gradients=sums + self.model * self.replicated, other=9 * _FP32 * max(sides, default=0)
+        )
 
     def finite_difference(self) -> Iterator[MemoryEstimate]:
         """Hutchinson as the trainer has it, by two gradients in fp32.
@@ -389,17 +438,21 @@ class _Step:
     @property
     def step_temporaries(self) -> int:
         """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; for
-        Muon and SOAP products.
+        Muon, SOAP and Sophia-K products, or AdamW's rule for the embedding.
         """
         if self.optimizer in ("lion", "signum"):
             return self.model
         if self.optimizer == "nadamw":
             return 2 * self.model
-        if self.optimizer == "soap":
-            return 4 * _FP32 * max(self.count.embedding, 4 * self.config.width**2)
+        squared = self.config.width**2
+        products = {
+            "muon": 4 * 4 * squared,  # a bf16 product and its operands, of the largest matrix
+            "soap": 4 * _FP32 * max(self.count.embedding, 4 * squared),
+            "sophia-k": _FP32 * max(6 * self.count.embedding, 25 * squared),  # by measurement
+        }
+        if self.optimizer in products:
+            return products[self.optimizer]
         if self.optimizer.startswith("sophia") and self.device != "cpu":
             largest = max(BUCKET, self.count.embedding)
             return 2 * _FP32 * min(largest, self.count.total)
-        if self.optimizer == "muon":
-            return 4 * 4 * self.config.width**2  # a bf16 product and its operands, of the largest matrix
         return 0

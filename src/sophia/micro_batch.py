@@ -148,7 +148,10 @@ def _fits(stepper: Stepper, session: "Session") -> bool:
     try:
         # The optimizer's tensors come with the first step: their place is kept.
         chosen = session.settings.optimizer
-        kept = plan.optimizer_bytes(session.config, chosen.optimizer, chosen.state_dtype) // shards
+        kept = (
+            plan.optimizer_bytes(session.config, chosen.optimizer, chosen.state_dtype, basis=chosen.basis or "smaller")
+            // shards
+        )
         reserved = torch.empty(kept, dtype=torch.uint8, device=device)
         with alone:
             stepper.gradients(inputs, inputs, index=0)
@@ -181,6 +184,7 @@ def _estimate(session: "Session", size: int) -> int:
         parallel=parallel,
         ranks=shards if parallel == "fsdp" else session.here.size,
         state_dtype=session.settings.optimizer.state_dtype,
+        basis=session.settings.optimizer.basis or "smaller",
     ).total
 
 

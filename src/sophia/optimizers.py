@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophia import SophiaH
+from sophia import SophiaH, SophiaK
 from sophia.build_optimizers import build
 from sophia.config import OptimizerSettings
 from sophia.curvature import deferred_logits
 from sophia.foreign import Hook, load_hook, step_foreign
 from sophia.loss import CrossEntropy
+from sophia.meaning import estimates_curvature
 from sophia.optim.lion import Lion
 from sophia.optim.sophia import Sophia
 
@@ -70,7 +71,7 @@ class Optimizers:
         Args:
             skip: 1.0 leaves out the update as if this call had not been, 0.0 does not; 0-D, fp32, where the parameters
                 are. A GPU decides by it without being waited for, except for an optimizer that cannot do that: Muon,
-                NAdamW, SOAP, one of an import path, and AdamW where it is not fused.
+                NAdamW, SOAP, Sophia-K, one of an import path, and AdamW where it is not fused.
         """
         if skip is not None and self._read_skips:
             if self._leaves_out(skip):
@@ -95,7 +96,9 @@ class Optimizers:
     @property
     def refreshes(self) -> int | None:
         """Curvature estimates folded in since the run began, resumes included; None where the optimizer has none."""
-        return max((part.refreshes for part in self._sophias), default=None)
+        if not estimates_curvature(self.settings.optimizer, vars(self.settings)):
+            return None
+        return max(part.refreshes for part in self._sophias)
 
     def refresh(self, model: nn.Module, batch: CurvatureBatch) -> None:
         """Estimate the curvature from this batch; all ranks call it together."""
@@ -142,7 +145,7 @@ def _reads_skips(part: torch.optim.Optimizer) -> bool:
     """Whether a flag that leaves out an update must be read before: where it is in main memory already, or in vain."""
     on_host = any(p.device.type in _READ_AT_ONCE for group in part.param_groups for p in group["params"])
     fused = isinstance(part, torch.optim.AdamW) and all(group["fused"] for group in part.param_groups)
-    return on_host or not (fused or isinstance(part, (Lion, Sophia)))
+    return on_host or isinstance(part, SophiaK) or not (fused or isinstance(part, (Lion, Sophia)))
 
 
 def _step_unless(part: torch.optim.Optimizer, skip: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Settings with nothing left open: what the preset, the data and the number of ranks decide."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,9 +13,9 @@ from sophia.config import OptimizerSettings, TrainSettings, check_positive
 from sophia.data.shards import Dataset
 from sophia.distributed import World
 from sophia.import_hf import import_gpt2
-from sophia.meaning import check_meaning
+from sophia.meaning import MATRIX_SETTINGS, check_meaning
 from sophia.model import GPTConfig, padded_vocabulary
-from sophia.optim import SophiaG
+from sophia.optim import SophiaG, SophiaH, SophiaK
 from sophia.optim.checks import CLIP_TARGET
 from sophia.presets import CURVATURE_CHUNKS, Preset, default_curvature, paper_recipe, preset
 from sophia.schedule import lr_factor
@@ -28,6 +29,16 @@ _PARTS = 20
 _SHORTEST_PART = 25
 _LONGEST_PART = 500
 _LEAST_EPS = torch.finfo(torch.float32).tiny
+# What Sophia's rule leaves open, and no preset decides.
+_OPEN: Mapping[str, Mapping[str, Any]] = {
+    "sophia-g": {"eps": SophiaG.PAPER["eps"], "curvature_noise": "labels"},
+    "sophia-h": {"eps": SophiaH.PAPER["eps"]},
+    "sophia-k": {
+        **MATRIX_SETTINGS,
+        "eps": inspect.signature(SophiaK).parameters["eps"].default,
+        "curvature_noise": "signs",
+    },
+}
 # Where numbers must lie, section by section; NaN lies nowhere.
 _RANGES: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "optimizer": {
@@ -41,6 +52,9 @@ _RANGES: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "clip_target": (lambda x: 0 < x < 1, "above 0 and below 1"),
         "eps": (lambda x: _LEAST_EPS <= x < math.inf, f"finite and at least {_LEAST_EPS:.2e}, or fp32 has 0 / 0"),
         "curvature_interval": (lambda x: x >= 1, "at least 1"),
+        "exponent": (lambda x: 0 < x < math.inf, "finite and above 0"),
+        "orthogonalize": (lambda x: x >= 0, "at least 1, or 0 for none"),
+        "update_rms": (lambda x: 0 <= x < math.inf, "finite and above 0, or 0 for whatever it is"),
     },
     "schedule": {
         "final_lr_fraction": (lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -158,19 +172,22 @@ def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     if chosen.recipe == "paper":
         recipe = {**recipe, **paper_recipe(chosen.optimizer, rows_per_step(settings))}
     assert recipe.keys() <= fields
-    filled: dict[str, Any] = {name: value for name, value in recipe.items() if getattr(chosen, name) is None}
-    chosen = replace(chosen, **filled)
+    chosen = _filled(chosen, recipe)
     check_meaning(chosen)
-    if chosen.optimizer in ("sophia-g", "sophia-h"):
+    if chosen.optimizer in _OPEN:
         check_positive(chosen, "curvature_rows", "curvature_chunks")
-        chosen = _with_rule(replace(chosen, **_curvature(rows_per_step(settings), chosen)))
+        chosen = _filled(chosen, _OPEN[chosen.optimizer])
+        chosen = _with_target(replace(chosen, **_curvature(rows_per_step(settings), chosen)))
     return replace(settings, optimizer=chosen)
 
 
-def _with_rule(chosen: OptimizerSettings) -> OptimizerSettings:
-    """What Sophia's rule leaves open."""
-    if chosen.eps is None:
-        chosen = replace(chosen, eps=SophiaG.PAPER["eps"])
+def _filled(chosen: OptimizerSettings, values: Mapping[str, Any]) -> OptimizerSettings:
+    """With these values where nothing was said."""
+    return replace(chosen, **{name: value for name, value in values.items() if getattr(chosen, name) is None})
+
+
+def _with_target(chosen: OptimizerSettings) -> OptimizerSettings:
+    """What γ follows, if it does."""
     if chosen.gamma == "auto":
         return replace(chosen, clip_target=CLIP_TARGET) if chosen.clip_target is None else chosen
     if chosen.clip_target is not None:

@@ -41,4 +41,5 @@ def test_gpt2_small_needs_eight_tenths_of_a_gigaflop_a_token():
 def test_curvature_costs_a_percent():
     assert curvature_share("sophia-g", rows_fraction=1 / 8) == 0.0125
     assert curvature_share("sophia-h", rows_fraction=1 / 8) > 0.02
+    assert curvature_share("sophia-k", rows_fraction=1 / 8) == 0.0125
     assert curvature_share("adamw", rows_fraction=1 / 8) == 0

@@ -25,7 +25,7 @@ def stepper_of(config, *, optimizer, rows, micro_batch, precision, **changes):
     recipe = dict(preset("gpt2-small").recipes[optimizer]) | changes
     if optimizer.startswith("sophia"):
         recipe |= {"curvature_rows": 4, "curvature_interval": 2}
-        recipe |= {"curvature_chunks": 4} if optimizer == "sophia-g" else {}
+        recipe |= {"curvature_chunks": 4} if optimizer != "sophia-h" else {}
     return Stepper(
         model=model,
         optimizers=Optimizers(OptimizerSettings(optimizer=optimizer, **recipe), model, seed=0),
@@ -76,6 +76,11 @@ def recorded_peak(config, **settings):
         ({}, {"optimizer": "sophia-g"}),
         ({}, {"optimizer": "sophia-g", "precision": "bf16"}),
         ({}, {"optimizer": "sophia-h"}),
+        ({}, {"optimizer": "sophia-k"}),
+        ({}, {"optimizer": "sophia-k", "precision": "bf16"}),
+        ({"vocab_size": 20000, "layers": 1, "context": 8}, {"optimizer": "sophia-k"}),  # AdamW's rule for the embedding
+        ({"vocab_size": 64, "context": 8}, {"optimizer": "sophia-k"}),  # adding to the sums
+        ({"vocab_size": 64, "context": 8}, {"optimizer": "sophia-k", "basis": "both"}),  # new bases
         ({"bias": True, "padded_vocab_size": 2176}, {}),
         ({"dropout": 0.1}, {}),
         ({"dropout": 0.1}, {"precision": "bf16"}),
@@ -98,8 +103,11 @@ def test_the_estimate_is_what_pytorch_records(model, settings):
         accumulates=settings["rows"] > settings["micro_batch"],
         curvature_rows=4 if by_mean else 1,
         curvature_chunks=1 if by_mean else 4,
+        basis=settings.get("basis", "smaller"),
     )
     scratch = SCRATCH if settings["optimizer"].startswith("sophia") else 0
+    if settings["optimizer"] == "sophia-k":  # of matrices alone
+        scratch = min(scratch, 4 * 4 * config.width**2)
     assert estimate.live - WORKSPACE + scratch == pytest.approx(recorded_peak(config, **settings), rel=0.02)
 
 
@@ -147,12 +155,16 @@ def test_a_block_saves_what_the_table_says(low, dropout):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "state_dtype"),
-    [*((name, "fp32") for name in OPTIMIZERS), ("sophia-g", "bf16")],
+    ("optimizer", "state_dtype", "basis"),
+    [
+        *((name, "fp32", None) for name in OPTIMIZERS),
+        *((name, "bf16", None) for name in ("sophia-g", "sophia-k")),
+        *(("sophia-k", "fp32", basis) for basis in ("both", "none")),
+    ],
 )
-def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype):
+def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype, basis):
     config = GPTConfig(**SHAPE)
-    kept = {"state_dtype": state_dtype}
+    kept = {"state_dtype": state_dtype, "basis": basis}
     stepper = stepper_of(config, optimizer=optimizer, rows=4, micro_batch=4, precision="fp32", **kept)
     tokens = torch.randint(0, 2048, (4, 64))
     stepper.refresh(tokens, tokens)
@@ -160,7 +172,7 @@ def test_optimizer_state_is_what_a_step_leaves(optimizer, state_dtype):
     stepper.optimizers.step()
     states = [value for part in stepper.optimizers.parts for state in part.state.values() for value in state.values()]
     held = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.numel() > 1)
-    assert optimizer_bytes(config, optimizer, state_dtype) == held
+    assert optimizer_bytes(config, optimizer, state_dtype, basis or "smaller") == held
 
 
 def test_a_foreign_optimizer_is_taken_for_adamws_like():

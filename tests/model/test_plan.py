@@ -60,6 +60,7 @@ def test_curvature_and_checkpointing_take_time(capsys):
         for more in (
             ["--optimizer", "adamw"],
             ["--optimizer", "sophia-g"],
+            ["--optimizer", "sophia-k"],
             ["--optimizer", "sophia-h"],
             ["--optimizer", "sophia-h", "--activation-checkpointing"],
         )

@@ -57,7 +57,7 @@ def test_every_preset_is_whole(name):
 def test_the_trainers_optimizers_take_the_recipes(optimizer):
     model = GPT(GPTConfig(vocab_size=16, context=4, layers=1, heads=1, width=4))
     rest = {"curvature_rows": 1} if optimizer.startswith("sophia") else {}
-    rest |= {"curvature_chunks": 1} if optimizer == "sophia-g" else {}
+    rest |= {"curvature_chunks": 1} if optimizer in ("sophia-g", "sophia-k") else {}
     settings = OptimizerSettings(optimizer=optimizer, **preset("nano").recipes[optimizer], **rest)
     group = Optimizers(settings, model, seed=0).parts[0].param_groups[0]
     assert group["lr"] == preset("nano").recipes[optimizer]["lr"]

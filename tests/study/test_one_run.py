@@ -105,6 +105,15 @@ def test_evidence_is_equal_where_seed_and_batch_are(tmp_path, data):
     assert adamw.conditions.keys() == {*wanted, "torch", "sophia"}
 
 
+def test_curvature_of_matrices_is_in_the_evidence(tmp_path, data):
+    found = run(data, tmp_path, tiny.spec("sophia-k", curvature_interval=6, gamma=0.05))
+    assert found.evidence.refreshes == math.ceil(20 / 6)
+    assert found.val_loss < found.curve[0].val_loss
+    assert all(0.0 < point.clip_fraction < 1.0 for point in found.curve[1:])
+    without = run(data, tmp_path, tiny.spec("sophia-k", factors="gradients", diagonal="gradients"))
+    assert without.evidence.refreshes is None
+
+
 def test_other_data_has_other_digests(tmp_path, data):
     other = runs.write_data(tmp_path / "other", seed=5)
     first = run(data, tmp_path, tiny.spec()).evidence
@@ -127,7 +136,7 @@ def test_a_single_other_batch_is_noticed(tmp_path, data, monkeypatch, changed):
     assert run(data, tmp_path / "other", tiny.spec()).evidence.batches != honest.batches
 
 
-@pytest.mark.parametrize("optimizer", ["sophia-g", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-k", "adamw"])
 def test_stopped_and_gone_on_with_it_is_the_same(tmp_path, data, optimizer):
     spec = tiny.spec(optimizer)
     whole = run(data, tmp_path / "whole", spec)

@@ -143,6 +143,11 @@ def with_race(line, *, text=GOOD):
     return text.replace("[race]\n", f"[race]\n{line}\n")
 
 
+def matrices(text):
+    """A study with Sophia-K."""
+    return f'{GOOD}\n[[optimizer]]\noptimizer = "sophia-k"\nlr = 8e-3\n{text}\n'
+
+
 MISTAKES = [
     # The file.
     ("[race\n", ["is not a TOML file"]),
@@ -247,6 +252,17 @@ MISTAKES = [
     (changed("gamma = [0.1, 0.5]", "lr = [1]"), ["search: lr cannot stand here: it is searched always"]),
     (changed("lr = 8e-3", "lr = 8e-3\nsearch = {gamma = [1]}"), ["gamma has no meaning for adamw"]),
     (changed("gamma = [0.1, 0.5]", "recipe = ['paper']"), ["optimizer sophia: search: recipe cannot stand here"]),
+    # Sophia-K's.
+    (changed("gamma = 0.5", 'basis = "both"'), ["basis has no meaning for sophia-g: leave it out, or choose sophia-k"]),
+    (matrices('basis = "left"'), ["optimizer sophia-k: basis is 'left'; it must be 'both', 'smaller', 'none'"]),
+    (matrices("gamma = 'auto'"), ["optimizer sophia-k: gamma is auto", "give a number"]),
+    (matrices("clip = 1"), ["optimizer sophia-k: clip is 1; it must be true or false"]),
+    (matrices('recipe = "paper"'), ["recipe is paper, which has no settings for sophia-k"]),
+    (matrices("search = {exponent = [0.5, 0]}"), ["optimizer sophia-k: search: exponent is 0.0"]),
+    (matrices("search = {orthogonalize = [5]}"), ["search.orthogonalize holds nothing but 5, which it is"]),
+    (matrices("search = {orthogonalize = [0, -5]}"), ["optimizer sophia-k: search: orthogonalize is -5"]),
+    (matrices("search = {clip_target = [0.5]}"), ["clip_target has no meaning for sophia-k"]),
+    (matrices("curvature_rows = 2\ncurvature_chunks = 4"), ["curvature_chunks is 4, more than the 2 curvature_rows"]),
     # Ablations.
     (changed('curvature_noise = "signs"', 'recipe = "paper"'), ["ablation signs: recipe cannot stand here"]),
     (changed('name = "signs"\n', ""), ["ablation number 1: no name"]),

@@ -1,6 +1,7 @@
 """What updates cost: nothing is forgotten, and a busy machine does not decide."""
 
 import json
+import math
 import os
 import time
 from dataclasses import replace
@@ -69,6 +70,41 @@ def test_a_training_step_counts_what_accounting_counts(tmp_path, data):
     # Five Newton-Schulz iterations of three products on matrices m × n, m the smaller side, in each block's four.
     shapes = [(16, 48), (16, 16), (16, 64), (16, 64)]
     assert flops.count(going.optimizers.step) == sum(5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n) for m, n in shapes)
+
+
+# Of each matrix in the block: the sides that are turned, and the other one.
+SIDES = {
+    "smaller": [([16], 48), ([16], 16), ([16], 64), ([16], 64)],
+    "both": [([48, 16], None), ([16, 16], None), ([64, 16], None), ([16, 64], None)],
+}
+
+
+@pytest.mark.parametrize("basis", ["smaller", "both"])
+def test_products_and_decompositions_of_sophia_k_are_counted(tmp_path, data, basis):
+    """Beyond Sophia-G's work, by hand: n numbers of a matrix times a turned side k are a product of 2 n k."""
+    counts = {}
+    for name, values in (("sophia-g", {"curvature_noise": "signs"}), ("sophia-k", {"basis": basis})):
+        spec = tiny.spec(name, curvature_interval=1, curvature_rows=3, curvature_chunks=3, **values)
+        settings = train_settings(tiny.study(data), spec, data=data, out=tmp_path / name)
+        going = session.start(settings, HERE, print)
+        inputs, targets = going.batches.step(0)
+        going.optimizers.set_lr(1.0)
+
+        def refresh(stepper=going.stepper, inputs=inputs, targets=targets):
+            stepper.refresh(inputs, targets)
+
+        refresh()  # the first one of Sophia-K makes two passes
+        going.stepper.gradients(inputs, targets, index=0)
+        step = flops.count(going.optimizers.step)
+        counts[name] = step, flops.count(refresh)
+    matrices = [(turned, math.prod(turned) if other is None else turned[0] * other) for turned, other in SIDES[basis]]
+    step = sum(2 * 2 * n * k for turned, n in matrices for k in turned)  # into the basis and back
+    step += sum(5 * (4 * n * 16 + 2 * 16**3) for _, n in matrices)  # Newton-Schulz: the smaller side is 16
+    assert (counts["sophia-g"][0], counts["sophia-k"][0]) == (0, step)
+    chunks = sum(3 * (2 * n * k + 2 * n * k) for turned, n in matrices for k in turned)  # outer products, squares
+    # Statistics times basis, its QR decomposition, overlaps of old and new, and the diagonal taken along.
+    bases = sum(2 * k**3 + 8 * k**3 // 3 + 2 * k**3 + 2 * n * k for turned, n in matrices for k in turned)
+    assert counts["sophia-k"][1] - counts["sophia-g"][1] == chunks + bases
 
 
 @pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h"])
@@ -225,7 +261,8 @@ def test_memory_is_that_of_the_optimizer_and_not_of_its_compiler(data, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "interval", "steps"), [("soap", {}, 11), ("sophia-g", {"curvature_interval": 4}, 21)]
+    ("optimizer", "interval", "steps"),
+    [("soap", {}, 11), ("sophia-g", {"curvature_interval": 4}, 21), ("sophia-k", {}, 11)],
 )
 def test_memory_has_curvature_and_bases_beside_the_state(data, tmp_path, monkeypatch, optimizer, interval, steps):
     seen, own = [], Stepping.run

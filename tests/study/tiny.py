@@ -10,7 +10,7 @@ from sophia.study.settings import DataSettings, Entry, RaceSettings, Study
 from sophia.study.worker import Failed, Finished
 
 MODEL = ModelSettings(model="nano", layers=1, heads=2, width=16, context=8)
-LR = {"adamw": 1e-2, "sophia-g": 3e-3, "lion": 1e-3, "muon": 1e-2, "sophia-h": 3e-3}
+LR = {"adamw": 1e-2, "sophia-g": 3e-3, "lion": 1e-3, "muon": 1e-2, "sophia-h": 3e-3, "sophia-k": 3e-2}
 
 
 def study(folder=None, *, optimizers=("adamw", "sophia-g"), **race):

@@ -30,7 +30,7 @@ SMALL = {
     "checkpoint-interval": 5,
     "device": "cpu",
 }
-OPTIMIZERS = ("sophia-g", "sophia-h", "adamw", "nadamw", "lion", "signum", "muon", "soap")
+OPTIMIZERS = ("sophia-g", "sophia-h", "sophia-k", "adamw", "nadamw", "lion", "signum", "muon", "soap")
 # Fields that hold times, which no two runs share.
 TIMES = ("elapsed_seconds", "tokens_per_second")
 

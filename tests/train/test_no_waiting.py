@@ -12,6 +12,7 @@ from sophia import optimizers
 from sophia.optim import kernels
 from sophia.optim.soap import SOAP
 from sophia.optim.sophia import Sophia
+from sophia.optim.sophia_k import SophiaK
 from sophia.optimizers import Optimizers
 from sophia.step import Stepper
 from sophia.train import Trainer
@@ -131,7 +132,7 @@ def watched(monkeypatch, reads):
     # The one exemption: an estimate of the curvature, every tenth step, may read whether it was finite.
     allow(monkeypatch, reads.refresh, Stepper, "refresh")
     # Their count of steps lies in main memory, wherever the parameters are.
-    for kind in (torch.optim.NAdam, SOAP):
+    for kind in (torch.optim.NAdam, SOAP, SophiaK):
         allow(monkeypatch, reads.allowed, kind, "step")
     monkeypatch.setattr(Trainer, "run", watched_run)
     runs.without_plots(monkeypatch)
@@ -174,12 +175,12 @@ def far_away(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", runs.OPTIMIZERS)
 def test_as_on_a_gpu(tmp_path, data, monkeypatch, optimizer):
-    """NAdamW, Muon and SOAP cannot leave a step out by themselves."""
+    """NAdamW, Muon, SOAP and Sophia-K cannot leave a step out by themselves."""
     far_away(monkeypatch)
     reads = Reads()
     watched(monkeypatch, reads)
     assert runs.train(data, tmp_path / "run", optimizer=optimizer, **FLAGS) == 0
-    assert len(reads.found) == (12 if optimizer in ("nadamw", "muon", "soap") else 0), reads.found
+    assert len(reads.found) == (12 if optimizer in ("nadamw", "muon", "soap", "sophia-k") else 0), reads.found
     assert all("_leaves_out" in place for place in reads.found)
     assert reads.in_refreshes == ([0, 10] if optimizer.startswith("sophia") else [])
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sophia import SophiaG, SophiaK
 from sophia import optimizers as optimizers_module
 from sophia.config import OPTIMIZERS, OptimizerSettings
+from sophia.curvature import GaussNewtonBartlett
 from sophia.model import GPT, GPTConfig
 from sophia.optim import kernels
 from sophia.optim.lion import Lion
@@ -20,7 +22,7 @@ RECIPE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 
 def build(name="adamw", **settings):
     model = GPT(SHAPE, torch.Generator().manual_seed(0))
-    sophia = {"gamma": 0.1, "curvature_rows": 2, "curvature_chunks": 2} if name == "sophia-g" else {}
+    sophia = {"gamma": 0.1, "curvature_rows": 2, "curvature_chunks": 2} if name in ("sophia-g", "sophia-k") else {}
     sophia = {"gamma": 0.1, "curvature_rows": 2} if name == "sophia-h" else sophia
     chosen = OptimizerSettings(**{"optimizer": name, **RECIPE, **sophia, **settings})
     return model, Optimizers(chosen, model, seed=3)
@@ -158,6 +160,55 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert not matrices & others
 
 
+MATRIX = {
+    **{"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5, "clip": False},
+    **{"orthogonalize": 2, "update_rms": 0.4, "nesterov": False, "others": "curvature"},
+}
+
+
+def test_sophia_k_turns_the_blocks_matrices_and_leaves_the_rest_to_adamw():
+    model, optimizers = build("sophia-k", beta1=0.8, beta2=0.97, eps=1e-9, decay_by_name=("blocks.1.*=0.5",))
+    (sophia,) = optimizers.parts
+    assert isinstance(sophia, SophiaK)
+    found = {p: group for group in sophia.param_groups for p in group["params"]}
+    assert found.keys() == set(model.parameters())
+    for name, p in model.named_parameters():
+        group, hidden = found[p], p.ndim == 2 and name.startswith("blocks.")
+        assert group["hidden"] is hidden, name
+        assert group["betas"] == ((0.8, 0.97) if hidden else (0.9, 0.95)), name
+        assert (group["gamma"], group["eps"], group["lr"]) == (0.1, 1e-9, 1e-2)
+        assert group["weight_decay"] == (0.5 if name.startswith("blocks.1.") else 0.1 if p.ndim == 2 else 0.0), name
+        assert {name: group[name] for name in MATRIX} == {name: sophia.defaults[name] for name in MATRIX}
+
+
+@pytest.mark.parametrize(("name", "value"), MATRIX.items())
+def test_settings_of_sophia_k_reach_it(name, value):
+    _, optimizers = build("sophia-k", **{name: value})
+    assert {group[name] for group in optimizers.parts[0].param_groups} == {value}
+    assert value != SophiaK([torch.ones(1, requires_grad=True)]).defaults[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "estimates"),
+    [
+        ({}, True),
+        ({"factors": "gradients"}, True),
+        ({"diagonal": "gradients"}, True),
+        ({"factors": "gradients", "diagonal": "gradients"}, False),
+        ({"basis": "none", "diagonal": "gradients"}, False),
+        ({"basis": "none", "diagonal": "gradients", "others": "curvature"}, True),
+    ],
+)
+def test_sophia_k_may_do_without_curvature(settings, estimates):
+    _, optimizers = build("sophia-k", **settings)
+    assert optimizers.curvature_due is estimates
+    assert optimizers.refreshes == (0 if estimates else None)
+
+
+def test_no_update_rms_is_nought():
+    assert build("sophia-k", update_rms=0.0)[1].parts[0].defaults["update_rms"] is None
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_lowers_the_loss_and_takes_the_schedule(name):
     model, optimizers = build(name)
@@ -226,11 +277,37 @@ def test_a_flag_leaves_out_an_update_as_if_it_had_not_been(name, far, monkeypatc
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("noise", [None, "signs", "labels"])
+def test_matrices_get_the_gradients_of_chunks(noise):
+    """The trainer's estimate is the library's, of the same rows in the same chunks; with random signs by default."""
+    model, optimizers = build("sophia-k", curvature_noise=noise)
+    other = copy.deepcopy(model)
+    inputs, targets = batch()
+    rows = [40, 41, 42, 43]
+    optimizers.refresh(
+        model,
+        CurvatureBatch(inputs=inputs, targets=targets, rows=rows, chunks=[0, 1, 1, 0], passes=2, mean_rows=2),
+    )
+    named = list(other.named_parameters())
+    hidden = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")]
+    others = [p for _, p in named if not any(p is one for one in hidden)]
+    expected = SophiaK(
+        [{"params": hidden}, {"params": others, "hidden": False}],
+        **{"betas": (0.9, 0.95), "seed": 3, "estimator": GaussNewtonBartlett(noise=noise or "signs")},
+    )
+    expected.refresh_curvature(
+        [lambda kept=kept: other(inputs[kept]) for kept in ([0, 3], [1, 2])], rows=[40, 43, 41, 42]
+    )
+    for ours, (name, theirs) in zip(model.parameters(), named, strict=True):
+        found, wanted = optimizers.parts[0].state[ours], expected.state[theirs]
+        assert found.keys() == wanted.keys()
+        assert ("hessian" in found) is (theirs.ndim == 2 and name.startswith("blocks."))
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=f"{name}: {key}")
+
+
 def test_chunks_are_squared_apart_and_a_row_that_does_not_count_changes_nothing():
     """The estimate by the plain formula: (1 / N) Σ_c s_c², from gradients of the sampled labels' summed loss."""
-    from sophia import SophiaG
-    from sophia.curvature import GaussNewtonBartlett
-
     model, optimizers = build("sophia-g")
     other = copy.deepcopy(model)
     inputs, targets = batch()

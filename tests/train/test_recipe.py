@@ -1,9 +1,12 @@
 """`recipe = "paper"`: the rule and its settings as published, at any size, whatever presets and defaults come to be."""
 
+import inspect
+
 import pytest
 
-from sophia import SophiaG, SophiaH
+from sophia import SophiaG, SophiaH, SophiaK
 from sophia.config import BatchSettings, ModelSettings, OptimizerSettings, TrainSettings
+from sophia.meaning import MATRIX_SETTINGS
 from sophia.optim.checks import CLIP_TARGET
 from sophia.presets import PRESETS
 from sophia.resolve import resolve_optimizer
@@ -27,7 +30,7 @@ def test_sophia_as_published(optimizer, model):
     assert (chosen.weight_decay, chosen.max_grad_norm) == (paper["weight_decay"], 1.0) == (0.2, 1.0)
     assert chosen.curvature_interval == paper["curvature_interval"] == 10
     assert (chosen.bias_correction, chosen.clip_target, chosen.refresh_when) == (False, None, "before")
-    assert chosen.curvature_noise == "labels"
+    assert chosen.curvature_noise == ("labels" if optimizer == "sophia-g" else None)
     assert chosen.state_dtype == "fp32"
     rows = PRESETS[model].tokens_per_step // PRESETS[model].context
     if optimizer == "sophia-g":  # 240 of 480 sequences
@@ -48,7 +51,7 @@ def test_the_others_that_the_paper_ran():
     assert (lion.beta1, lion.beta2, lion.weight_decay) == (0.95, 0.98, 0.2)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "soap", "signum", "nadamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "soap", "signum", "nadamw", "sophia-k"])
 def test_what_the_paper_did_not_run_is_refused(optimizer):
     with pytest.raises(ValueError, match=f"recipe is paper, which has no settings for {optimizer}: leave it out"):
         resolved(optimizer=optimizer, recipe="paper")
@@ -70,3 +73,32 @@ def test_gamma_auto_has_a_target():
     assert resolved(gamma="auto").clip_target == CLIP_TARGET
     assert resolved(gamma="auto", clip_target=0.5).clip_target == 0.5
     assert resolved(gamma="auto", optimizer="sophia-h", recipe="paper").gamma == "auto"
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_nothing_of_sophia_k_is_left_open(model):
+    """What the preset does not say is the library's default; an estimate is made of as much as Sophia-G's."""
+    chosen, theirs = resolved(model, optimizer="sophia-k"), resolved(model, optimizer="sophia-g")
+    library = inspect.signature(SophiaK).parameters
+    names = {"eps", "curvature_interval", *MATRIX_SETTINGS}
+    assert {name: getattr(chosen, name) for name in names} == {name: library[name].default for name in names}
+    assert chosen.curvature_noise == "signs"
+    assert (chosen.curvature_rows, chosen.curvature_chunks) == (theirs.curvature_rows, theirs.curvature_chunks)
+
+
+def test_what_is_given_to_sophia_k_stays():
+    given = {"basis": "none", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5, "clip": False}
+    given |= {"orthogonalize": 0, "update_rms": 0.0, "nesterov": False, "others": "curvature"}
+    given |= {"curvature_noise": "labels", "curvature_rows": 3, "curvature_chunks": 2, "gamma": 1.0, "eps": 1e-8}
+    chosen = resolved(optimizer="sophia-k", **given)
+    assert {name: getattr(chosen, name) for name in given} == given
+    assert given.keys() >= set(MATRIX_SETTINGS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia-g", "sophia-h", "torch.optim:SGD"])
+def test_what_earlier_versions_wrote_for_all_is_no_mistake(optimizer):
+    """config.toml of any run folder had curvature_noise = "labels"."""
+    assert resolved(optimizer=optimizer, curvature_noise="labels", lr=1e-3).curvature_noise == "labels"
+    if optimizer != "sophia-g":
+        with pytest.raises(ValueError, match="curvature_noise has no meaning"):
+            resolved(optimizer=optimizer, curvature_noise="signs", lr=1e-3)

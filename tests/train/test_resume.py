@@ -50,7 +50,7 @@ def test_crashes_leave_no_trace(tmp_path, data, monkeypatch, optimizer):
     runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
 
 
-@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "muon"])
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-h", "sophia-k", "muon"])
 def test_a_checkpoint_right_before_a_refresh(tmp_path, data, monkeypatch, optimizer):
     """The first thing that a resumed run does is then a refresh, with dropout in its forward pass."""
     flags = rich(optimizer) | {"checkpoint-interval": 3}
@@ -69,6 +69,44 @@ def test_state_in_bf16_is_kept_and_its_noise_goes_on(tmp_path, data, monkeypatch
     assert kinds == {torch.bfloat16}
     runs.crash_at(monkeypatch, 2, 8)
     runs.through_crashes(data, tmp_path / "crashed", **flags)
+    runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
+
+
+EXACT = ("step", "refreshes", "_statistics", "_basis", "exp_avg_sq")  # of Sophia-K, in whatever dtype the rest is
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"state-dtype": "bf16", "basis": "both", "others": "curvature", "refresh-when": "after"},
+        {"factors": "gradients", "curvature-noise": "labels", "update-rms": 0, "orthogonalize": 0, "lr": 1e-3},
+        {"diagonal": "gradients", "exponent": 0.5, "clip": "False", "nesterov": "False"},
+        {"factors": "gradients", "diagonal": "gradients"},
+    ],
+    ids=" ".join,
+)
+def test_the_forms_of_sophia_k(tmp_path, data, monkeypatch, flags):
+    """Between two refreshes, right after one, and right before one that is due."""
+    flags = rich("sophia-k") | {"checkpoint-interval": 1} | flags
+    assert runs.train(data, tmp_path / "whole", **flags) == 0
+    saved = load_file(runs.latest(tmp_path / "whole") / "optimizer.safetensors")
+    low = {name for name, value in saved.items() if value.dtype == torch.bfloat16}
+    assert low == {name for name in saved if "state-dtype" in flags and not name.endswith(EXACT)}
+    runs.crash_at(monkeypatch, 2, 4, 9)
+    runs.through_crashes(data, tmp_path / "crashed", **flags)
+    runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, data, monkeypatch):
+    """Its config.toml has a form of curvature noise, whatever the optimizer."""
+    assert runs.train(data, tmp_path / "whole", optimizer="adamw") == 0
+    runs.crash_at(monkeypatch, 7)
+    assert runs.crashes(runs.train, data, tmp_path / "crashed", optimizer="adamw")
+    config = tmp_path / "crashed" / "config.toml"
+    text = config.read_text(encoding="utf-8")
+    assert "curvature_noise" not in text
+    config.write_text(text.replace("[optimizer]\n", '[optimizer]\ncurvature_noise = "labels"\n'), encoding="utf-8")
+    assert runs.resume(tmp_path / "crashed") == 0
     runs.assert_equal(tmp_path / "whole", tmp_path / "crashed")
 
 
@@ -258,8 +296,9 @@ def test_a_run_can_be_resumed_from_another_folder_and_after_it_was_moved(tmp_pat
     runs.assert_equal(tmp_path / "whole", tmp_path / "c")
 
 
-def test_the_settings_of_a_run_repeat_it(tmp_path, data):
-    flags = rich("sophia-g")
+@pytest.mark.parametrize("optimizer", ["sophia-g", "sophia-k"])
+def test_the_settings_of_a_run_repeat_it(tmp_path, data, optimizer):
+    flags = rich(optimizer)
     assert runs.train(data, tmp_path / "first", **flags) == 0
     assert runs.sophia("train", "--config", tmp_path / "first" / "config.toml", "--out", tmp_path / "second") == 0
     runs.assert_equal(tmp_path / "first", tmp_path / "second")

@@ -67,6 +67,8 @@ class Attachment:
         """Called before each forward of the model: keep a copy of a slice of the inputs, if a refresh is due."""
         if self._replaying or not self.model.training or not torch.is_grad_enabled() or not self._wanted():
             return
+        # The Trainer's divisor of the loss, counted over all of a step's batches: a slice has a mean of its own.
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         self._rows = min(batch_size(args, kwargs), self._max_batch)
         self._arguments = sliced((args, kwargs), slice(0, self._rows))
         self.autocast = [

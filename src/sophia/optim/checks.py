@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeGuard
 
 import torch
@@ -25,7 +25,8 @@ CLIP_TARGET = 0.7
 PATHS = ("foreach", "fused", "capturable")  # settings of how a step is computed, not of what it computes
 
 _FOREIGN = {
-    "rho": "the official code's rho is gamma here",
+    "rho": "the official code's rho is gamma here (sophia.convert.from_official)",
+    "clip_threshold": "the clip is at 1 here: sophia.convert gives lr, gamma, eps and weight_decay for another",
     "bs": "the batch factor is part of the curvature estimate, nothing has to be passed",
     "k": "it is called curvature_interval here",
     "interval": "it is called curvature_interval here",
@@ -63,15 +64,17 @@ def explain_keywords(init: Callable[P, None]) -> Callable[P, None]:
 def _hint(name: str, known: Sequence[str]) -> str:
     if name in _FOREIGN:
         return _FOREIGN[name]
+    if name in PATHS:
+        return "there is one path only; leave it out"
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
 
 
 def check_clock(curvature_interval: int, seed: int) -> None:
     """Check the settings that hold for all groups."""
-    if not _is_whole(curvature_interval) or curvature_interval < 1:
+    if not is_whole(curvature_interval) or curvature_interval < 1:
         raise ValueError(f"curvature_interval={curvature_interval!r} must be a whole number of steps, at least 1")
-    if not _is_whole(seed) or not 0 <= seed < 1 << 63:
+    if not is_whole(seed) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
 
 
@@ -105,10 +108,10 @@ def check_group(group: dict[str, Any]) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas!r} must be a pair (beta1, beta2)")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not _is_number(beta) or not 0 <= beta < 1:
+        if not is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"betas={betas!r}: {name} must be at least 0 and less than 1")
     smallest = torch.finfo(torch.float32).tiny
-    if not _is_number(group["eps"]) or not smallest <= group["eps"] < math.inf:
+    if not is_number(group["eps"]) or not smallest <= group["eps"] < math.inf:
         raise ValueError(
             f"eps={group['eps']!r} must be positive, at least {smallest:.2e}: below that fp32 has 0 / 0 where momentum "
             "and curvature vanish"
@@ -117,7 +120,7 @@ def check_group(group: dict[str, Any]) -> None:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be True or False")
     target = group["clip_target"]
-    if target is not None and not (_is_number(target) and 0 < target < 1):
+    if target is not None and not (is_number(target) and 0 < target < 1):
         raise ValueError(f"clip_target={target!r} must be a share of the coordinates, above 0 and below 1")
     if target is not None and group["capturable"]:
         raise ValueError(
@@ -150,31 +153,54 @@ def resolved_gamma(
 
 
 def _at_least_zero(name: str, value: object, alternative: str = "") -> None:
-    if not _is_number(value) or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+    if not is_number(value) or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
         raise ValueError(f"{name}={value!r} must be a finite number of at least 0 {alternative}".rstrip())
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Python's and numpy's numbers, but no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
+def is_whole(value: object) -> TypeGuard[int]:
     """Python's and numpy's integers."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_state_dict(loaded: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Check that a state dict fits the parameters; torch itself looks at the numbers of groups and parameters only."""
+def check_state_dict(
+    loaded: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    check_settings: Callable[[dict[str, Any]], None],
+    shapes: Callable[[Tensor, Mapping[str, Any]], Mapping[str, Sequence[int]]],
+) -> None:
+    """Check that a state dict fits the parameters; torch itself looks at the numbers of groups and parameters only.
+
+    Args:
+        loaded: the state dict.
+        groups: of the optimizer.
+        check_settings: refuses settings of a group that cannot work.
+        shapes: of the tensors in a parameter's state, by name, under the settings of a group.
+    """
     saved_groups = loaded["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         return  # torch says so
     for saved, group in zip(saved_groups, groups, strict=True):
+        if "rho" in saved and "clock" not in saved:
+            raise ValueError(
+                "the state dict has 'rho' in its param groups, so it is of the official SophiaG, whose hessian lacks "
+                "the batch factor: load sophia.convert.official_state_dict(state_dict, predictions=..., bs=...)"
+            )
+        if "basis" in saved and "basis" not in group:
+            raise ValueError(
+                "the state dict is of SophiaK, whose curvature is measured in a basis of its own: load it into SophiaK"
+            )
         own = ("params", *PATHS)  # how a step is computed stays as it is here, wherever the state dict was made
-        check_group({name: value if name in own else saved.get(name, value) for name, value in group.items()})
+        merged = {name: value if name in own else saved.get(name, value) for name, value in group.items()}
+        check_settings(merged)
         for index, p in zip(saved["params"], group["params"], strict=True):
-            for name in ("exp_avg", "hessian"):
+            for name, shape in shapes(p, merged).items():
                 value = loaded["state"].get(index, {}).get(name)
-                if value is not None and value.shape != p.shape:
+                if value is not None and tuple(value.shape) != tuple(shape):
                     raise ValueError(
                         f"{name} of parameter {index} in the state dict has shape {tuple(value.shape)}, the parameter "
                         f"{tuple(p.shape)}: the state dict belongs to another model, or to another order of parameters"
@@ -335,7 +361,7 @@ def check_attach(
             "attach() got a model that has none of the optimizer's parameters: give the model that the optimizer was "
             "built from, or a wrapper of it"
         )
-    if not _is_whole(max_batch) or max_batch < 1:
+    if not is_whole(max_batch) or max_batch < 1:
         raise ValueError(f"max_batch={max_batch!r} must be a whole number of rows, at least 1")
     for name, function in (("logits", logits), ("mask", mask)):
         if function is not None and not callable(function):

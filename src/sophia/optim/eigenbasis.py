@@ -50,3 +50,16 @@ def power_iteration(statistics: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.argsort((basis * moved).sum(dim=0), descending=True, stable=True)
     turned, _ = torch.linalg.qr(moved.index_select(1, order))
     return turned, order
+
+
+def carried(diagonal: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A matrix's diagonal of curvature, as it is seen from another basis.
+
+    Where entries of different places are uncorrelated, x̂ = O_Rᵀ x O_C has the variances (O_R²)ᵀ D O_C².
+
+    Args:
+        diagonal: D, [rows, columns], in the old basis.
+        rows, columns: Q_oldᵀ Q_new of each side; None for a side that stays.
+    """
+    seen = diagonal if rows is None else rows.square().mT @ diagonal
+    return seen if columns is None else seen @ columns.square()

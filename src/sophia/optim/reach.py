@@ -36,6 +36,12 @@ class Reach:
         """Parameters that are new to the optimizer."""
         self._unreached.update(params)
 
+    def exempt(self, params: Iterable[Tensor]) -> None:
+        """Parameters whose steps need no curvature: they never hold still."""
+        freed = set(params)
+        self._unreached -= freed
+        self._missed -= freed
+
     def update(self, reached: Iterable[Tensor]) -> None:
         """A refresh was accepted and has reached these."""
         self._unreached.difference_update(reached)

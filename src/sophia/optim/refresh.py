@@ -26,6 +26,25 @@ def estimate(
     """The estimator's sums, one local tensor or None a parameter, and the factor that makes them the estimate.
 
     Raises:
+        ValueError: as of :func:`prepare`.
+    """
+    forwards, refresh = prepare(forward, params, rows=rows, clock=clock, replicas=replicas, autocast=autocast)
+    with fsdp.gathered_anew():
+        return estimator.sums(forwards, params, refresh)
+
+
+def prepare(
+    forward: Any,
+    params: Sequence[Tensor],
+    *,
+    rows: Tensor | Sequence[int] | None,
+    clock: Clock,
+    replicas: Replicas,
+    autocast: Sequence[tuple[str, torch.dtype, bool]] = (),
+) -> tuple[list[Forward], Refresh]:
+    """What an estimator is given: the forwards, and the circumstances.
+
+    Raises:
         ValueError: forward or rows are not what they must be, or the ranks came with different numbers of forwards.
     """
     forwards: list[Forward] = []
@@ -41,8 +60,6 @@ def estimate(
             f"the ranks came with {[count for (count,) in counts]} forwards: each rank needs the same number, "
             "if need be with a mask that counts nothing"
         )
-    refresh = Refresh(
+    return forwards, Refresh(
         seed=clock.seed, step=clock.time, scale=clock.scale, replicas=replicas, rows=numbers, autocast=autocast
     )
-    with fsdp.gathered_anew():
-        return estimator.sums(forwards, params, refresh)

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _NEVER_REFRESHED = (
     "step() without a curvature refresh would be sign-momentum, not Sophia: at the top of the loop add\n"
     "    optimizer.refresh_curvature(lambda: {returns})\n"
-    "or, to leave the loop as it is, build the optimizer with .attach(model)"
+    "or, to leave the loop as it is, build the optimizer with .attach(model). With sophia.integrations:\n"
+    "    Lightning:    Trainer(callbacks=[SophiaCallback()]), from sophia.integrations.lightning\n"
+    "    Transformers: Trainer(callbacks=[SophiaCallback()]), from sophia.integrations.transformers\n"
+    "    Accelerate:   attach(optimizer, model) after prepare, from sophia.integrations.accelerate"
 )
 
 
@@ -134,7 +137,7 @@ class Sophia(Optimizer):
             "curvature_interval": curvature_interval,
             "seed": seed,
         }
-        gamma, clip_target = checks.resolved_gamma(gamma, clip_target, start=self.PAPER["gamma"])
+        gamma, clip_target = checks.resolved_gamma(gamma, clip_target, start=self.PAPER.get("gamma", 1.0))
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -147,6 +150,7 @@ class Sophia(Optimizer):
             "capturable": capturable,
             "bias_correction": bias_correction,
             "clip_target": clip_target,
+            **self._more_defaults(),
         }
         checks.check_group(defaults)
         super().__init__(checks.checked_params(params), defaults)
@@ -254,6 +258,8 @@ class Sophia(Optimizer):
         checks.check_attach(model, self._parameters(), logits=logits, mask=mask, max_batch=max_batch)
         if mask is not None and self._wants_loss():
             raise ValueError("attach(mask=...) has no meaning for Hutchinson, whose forward gives a loss: leave it out")
+        if not self.state:  # an engine may have put other tensors into the groups: Accelerate does, for FSDP2
+            self._complete_state()
         self._attachment = Attachment(model, lambda: self.curvature_due, logits=logits, mask=mask, max_batch=max_batch)
         return self
 
@@ -297,12 +303,12 @@ class Sophia(Optimizer):
         capturing = self._place_clock()
         if self._attachment is not None:
             self._refresh_attached(self._attachment)
-        if not self._clock.attempted:
+        if not self._clock.attempted and self._needs_curvature:
             if not capturing and all(float(group["lr"]) == 0 for group in self.param_groups):
                 self._create_state()
                 return loss
             raise RuntimeError(self._never_refreshed())
-        if found_inf is not None and kernels.readable(found_inf):
+        if found_inf is not None and (self._reads_skips or kernels.readable(found_inf)):
             if found_inf != 0:
                 return loss
             found_inf = None
@@ -310,7 +316,8 @@ class Sophia(Optimizer):
         for group, path in zip(self.param_groups, paths, strict=True):
             self._step_group(group, path, found_inf=found_inf, grad_scale=grad_scale, capturing=capturing)
         self._clock.tick(found_inf)
-        self._reach.warn(self._clock, self._named_parameters)
+        if self._needs_curvature:
+            self._reach.warn(self._clock, self._named_parameters)
         return loss
 
     def _step_group(
@@ -430,7 +437,7 @@ class Sophia(Optimizer):
         group = self.param_groups[-1]
         try:
             group.update(self._gamma_of(given))
-            checks.check_group(group)
+            self._check_settings(group)
             checks.check_parameters(group["params"])
             checks.check_paths(group)
         except (ValueError, RuntimeError):
@@ -446,7 +453,7 @@ class Sophia(Optimizer):
         gamma, target = checks.resolved_gamma(
             given.get("gamma", general),
             given.get("clip_target"),
-            start=self.PAPER["gamma"],
+            start=self.PAPER.get("gamma", 1.0),
             fallback=self.defaults["clip_target"],
         )
         return {"gamma": gamma, "clip_target": target}
@@ -469,7 +476,7 @@ class Sophia(Optimizer):
             after.remove()
 
     def _inspect(self, seen: dict[str, Any], loaded: dict[str, Any]) -> None:
-        checks.check_state_dict(loaded, self.param_groups)
+        checks.check_state_dict(loaded, self.param_groups, self._check_settings, self._shapes)
         seen.update(loaded)
 
     def _adopt(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
@@ -560,6 +567,26 @@ class Sophia(Optimizer):
         self._reach.restore((p, self.state[p]["hessian"] if p in self.state else None) for p in self._parameters())
 
     # ---- private
+
+    _reads_skips: ClassVar[bool] = False
+    """Whether a step waits for `found_inf` instead of leaving the decision to the device."""
+
+    def _more_defaults(self) -> dict[str, Any]:
+        """Settings of a param group that only a subclass has, with their defaults."""
+        return {}
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        """Refuse settings of a param group that cannot work."""
+        checks.check_group(group)
+
+    def _shapes(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
+        """Of the tensors in a parameter's state, by name, under the settings of a group."""
+        return dict.fromkeys(("exp_avg", "hessian"), p.shape)
+
+    @property
+    def _needs_curvature(self) -> bool:
+        """Whether a step without any curvature would be another rule."""
+        return True
 
     @property
     def _clock(self) -> Clock:

@@ -13,6 +13,9 @@ from sophia.optim import checks
 from sophia.optim.clock import FIELDS
 from sophia.optim.reach import UNREACHED
 
+# Of SophiaK: never rounded to a chosen state dtype.
+EXACT = ("exp_avg_sq", "row_statistics", "row_basis", "column_statistics", "column_basis")
+
 
 def dtype_of_state(p: Tensor, chosen: torch.dtype | None) -> torch.dtype:
     """The dtype of m and h: the one chosen, else fp32, and fp64 for fp64 parameters."""
@@ -58,6 +61,8 @@ def adopt_state(state: dict[str, Any], loaded: dict[str, Any], p: Tensor, dtype:
     for name, value in loaded.items():
         if name in ("exp_avg", "hessian"):
             state[name] = value.to(device=p.device, dtype=dtype, copy=True)
+        elif name in EXACT:
+            state[name] = value.to(device=p.device, dtype=dtype_of_state(p, None), copy=True)
         elif name in ("step", "refreshes"):  # on the host, the former until a step needs it elsewhere
             state[name] = torch.tensor(float(value), dtype=torch.float32)
 

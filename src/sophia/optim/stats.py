@@ -88,6 +88,17 @@ def summarise(
         totals[0] = counted * weights[0]
     if replicas:
         totals = replicas.sum_shards(totals)
+    return named(totals, clock)
+
+
+def named(totals: Tensor, clock: Clock) -> dict[str, Tensor]:
+    """The figures of `Sophia.stats`.
+
+    Args:
+        totals: clipped coordinates, all coordinates, Σ m² and Σ h²: [4].
+        clock: of the optimizer.
+    """
+    device = totals.device
     clipped, coordinates, momentum, curvature = totals.unbind()
     return {
         "clip_fraction": clipped / coordinates.clamp_min(1),

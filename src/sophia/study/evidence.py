@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sophia.meaning import estimates_curvature
 from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan
 from sophia.study.runs import Evidence, FinishedRun, RunSpec, Settings
@@ -178,7 +179,8 @@ def _check_refreshes(study: Study, whole: Sequence[tuple[FinishedRun, Evidence]]
     kinds = kind_of(study)
     lost: dict[str, list[str]] = {}
     for run, evidence in whole:
-        if not (run.spec.kind or kinds.get(run.spec.optimizer, "")).startswith("sophia-"):
+        kind = (run.spec.kind or kinds.get(run.spec.optimizer, "")).partition("+")[0]
+        if not estimates_curvature(kind, dict(run.spec.settings)):
             continue
         interval = curvature_interval(run.spec.settings)
         wanted, found = math.ceil(run.spec.steps / interval), evidence.refreshes or 0
@@ -225,7 +227,7 @@ def _check_cost(study: Study, plan: Plan, cost: Cost, costs: Sequence[Cost]) -> 
             f"the timing of {cost.optimizer} was made with {plain(cost.settings)}, but its best settings are "
             f"{plain(best)}: {again}"
         )
-    if not kind_of(study).get(cost.optimizer, "").startswith("sophia-"):
+    if not estimates_curvature(kind_of(study).get(cost.optimizer, ""), dict(cost.settings)):
         return
     interval = curvature_interval(cost.settings)
     wanted, found = cost.steps_per_round / interval, cost.refreshes_per_round or 0

@@ -1,0 +1,90 @@
+"""A parameter of :class:`SophiaK` with the settings of its group: what its step is made of."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sophia.optim import kronecker
+from sophia.optim.matrix_update import MatrixRule
+
+
+class Member(NamedTuple):
+    """One parameter and its group."""
+
+    p: Tensor
+    group: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it is a hidden layer's matrix."""
+        return self.p.ndim == 2 and bool(self.group["hidden"])
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether rows and columns have a basis."""
+        if not self.hidden:
+            return False, False
+        return kronecker.turned(self.p.shape, self.group["basis"], self.group["max_basis_dim"])
+
+    @property
+    def sampled_sides(self) -> tuple[bool, bool]:
+        """Whether rows and columns have a basis of sampled curvature."""
+        return self.sides if self.group["factors"] == "curvature" else (False, False)
+
+    @property
+    def samples_diagonal(self) -> bool:
+        """Whether its diagonal is one of sampled curvature; else of squared gradients."""
+        return bool(self.group["diagonal" if self.hidden else "others"] == "curvature")
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether its step uses sampled curvature."""
+        return self.samples_diagonal or any(self.sampled_sides)
+
+    @property
+    def diagonal_name(self) -> str:
+        """Of its diagonal in the state."""
+        return "hessian" if self.samples_diagonal else "exp_avg_sq"
+
+    @property
+    def rule(self) -> MatrixRule:
+        """Of its step; where it is no hidden matrix, Sophia's, to a length."""
+        names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "product_dtype")
+        settings = {name: self.group[name] for name in names}
+        if not self.hidden:
+            settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0, "product_dtype": None}
+        return MatrixRule(**settings)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in its state."""
+        found = {name: tuple(self.p.shape) for name in ("exp_avg", self.diagonal_name)}
+        for side, size, wanted in zip(("row", "column"), self.p.shape, self.sides, strict=False):
+            if wanted:
+                found |= dict.fromkeys((f"{side}_statistics", f"{side}_basis"), (size, size))
+        return found
+
+    def complete(self, state: dict[str, Any], dtype: torch.dtype, exact: torch.dtype) -> None:
+        """Start what is missing in its state, and drop what another setting left there.
+
+        Args:
+            state: of the parameter.
+            dtype: of momentum and sampled diagonal.
+            exact: of all else.
+        """
+        wanted = self.shapes()
+        for name in ("step", "refreshes"):
+            state.setdefault(name, torch.zeros((), dtype=torch.float32))
+        for name in set(state) - {"step", "refreshes"} - set(wanted):
+            del state[name]
+        for name, shape in wanted.items():
+            if name in state or (name == "exp_avg_sq" and float(state["step"]) > 0):
+                continue  # an average that begins late begins with its first gradient
+            if name.endswith("_basis"):
+                state[name] = torch.eye(shape[0], dtype=exact, device=self.p.device)
+            elif name.endswith("_statistics"):
+                state[name] = torch.zeros(shape, dtype=exact, device=self.p.device)
+            else:
+                kind = exact if name == "exp_avg_sq" else dtype
+                state[name] = torch.zeros_like(self.p, dtype=kind, memory_format=torch.preserve_format)

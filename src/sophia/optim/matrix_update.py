@@ -1,0 +1,75 @@
+"""The rule of :class:`SophiaK` for one tensor: Sophia's, in another basis, to another length.
+
+A function of plain tensors that knows no optimizer and takes no decision about *when*.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sophia.optim.eigenbasis import rotate, rotate_back
+from sophia.optim.orthogonal import newton_schulz
+
+Basis = tuple[Tensor | None, Tensor | None]
+"""Q_R and Q_C: eigenvectors as columns; None for a side that is not turned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRule:
+    """What becomes of a momentum and a diagonal of curvature."""
+
+    gamma: float
+    """γ, factor on the curvature."""
+    eps: float
+    """ε, the least denominator."""
+    exponent: float
+    """p, of the curvature: 1 is Newton's, ½ Adam's."""
+    clip: bool
+    """Whether each coordinate is clipped to ±1, in the basis."""
+    orthogonalize: int
+    """Newton-Schulz steps on what comes out of the basis; 0 leaves it as it is."""
+    update_rms: float | None
+    """Root mean square of the update for a learning rate of 1; None leaves its length as it is."""
+    product_dtype: torch.dtype | None
+    """In which rotations and Newton-Schulz steps are computed; None is that of the momentum."""
+
+
+def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
+    """What a parameter moves by, for a learning rate of −1.
+
+        u = clip(Q_Rᵀ x Q_C / max(γ Dᵖ, ε), ±1)
+        u ← Q_R u Q_Cᵀ,  orthogonalized,  scaled to its root mean square
+
+    Args:
+        x: the momentum, in the parameter's own basis, [rows, columns]; of any shape without a basis.
+        diagonal: D, x's shape, not negative, in the basis.
+        basis: what it is turned by.
+        rule: the rest.
+    """
+    low = rule.product_dtype or x.dtype
+    rows, columns = (None if side is None else side.to(low) for side in basis)
+    u = rotate(x.to(low), rows, columns).to(x.dtype) / bound(diagonal, rule)
+    if rule.clip:
+        u = u.clamp(-1, 1)
+    u = rotate_back(u.to(low), rows, columns)
+    if rule.orthogonalize and x.ndim == 2:
+        u = newton_schulz(u, rule.orthogonalize)
+    u = u.to(x.dtype)
+    return u if rule.update_rms is None else scaled(u, rule.update_rms)
+
+
+def bound(diagonal: Tensor, rule: MatrixRule) -> Tensor:
+    """max(γ Dᵖ, ε): where a momentum is clipped."""
+    raised = diagonal if rule.exponent == 1.0 else diagonal.pow(rule.exponent)
+    return torch.mul(raised, rule.gamma).clamp_min_(rule.eps)
+
+
+def scaled(u: Tensor, rms: float) -> Tensor:
+    """U to the root mean square ``rms``; zeros stay zeros."""
+    return u * (rms / u.square().mean().sqrt().clamp_min(1e-30))
+
+
+def adam(m: Tensor, squares: Tensor, eps: float = 1e-8) -> Tensor:
+    """Adam's update for a learning rate of −1 (Kingma and Ba 2015, arXiv 1412.6980), of bias-corrected averages."""
+    return m / (squares.sqrt() + eps)

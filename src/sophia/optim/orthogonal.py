@@ -1,0 +1,24 @@
+"""The nearest matrix with equal singular values: what Muon makes of a momentum (Jordan et al. 2024)."""
+
+from torch import Tensor
+
+# The quintic polynomial of Jordan et al. It takes singular values from 0.001 up to between 0.7 and 1.2 in five steps:
+# the slope at zero is as steep as it can be, at the price of not converging to 1.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+    """About U Vᵀ of x = U S Vᵀ, by products alone: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X / ‖X‖.
+
+    Args:
+        x: [..., rows, columns], computed in its own dtype. A matrix of zeros stays one.
+        steps: of the iteration; each costs 4 n² N + 2 n³ operations for sides n <= N.
+    """
+    a, b, c = _COEFFICIENTS
+    tall = x.shape[-2] > x.shape[-1]
+    y: Tensor = x.mT if tall else x
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y.mT if tall else y
