@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sophia.optim import Sophia
-from sophia.optim.attach import _shifts_labels
+from sophia.optim.attach import shifts_labels
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -209,5 +209,5 @@ def _candidates(pl_module: nn.Module, optimizer: Sophia, name: str | None) -> di
         )
     # Whether labels are one ahead of the logits is read from the class of the module attached. A causal model says so,
     # and the LightningModule around it does not.
-    shifting = {path: module for path, module in found.items() if _shifts_labels(module)}
+    shifting = {path: module for path, module in found.items() if shifts_labels(module)}
     return dict([next(iter(shifting.items()))]) if shifting else found

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sophia.optim import Sophia
 from sophia.optim.attach import IGNORED_LABEL
-from sophia.optim.attach import _shifts_labels as _class_shifts_labels
+from sophia.optim.attach import shifts_labels as _class_shifts_labels
 from sophia.optim.curvature import Hutchinson
 
 try:

@@ -137,7 +137,7 @@ class Attachment:
                 f"{tuple(logits.shape[:-1])} count: pass attach(model, mask=...), a function of the model's inputs"
             )
         counts = labels != IGNORED_LABEL
-        if _shifts_labels(inner):
+        if shifts_labels(inner):
             counts = torch.cat((counts[:, 1:], torch.zeros_like(counts[:, :1])), dim=1)
         return counts
 
@@ -235,6 +235,6 @@ def _inner(model: nn.Module) -> nn.Module:
     return model
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Whether the model compares position t with label t + 1: the convention of transformers' causal models."""
     return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)

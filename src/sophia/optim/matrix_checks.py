@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sophia.optim import checks, kronecker
 from sophia.optim.curvature import GaussNewtonBartlett
-from sophia.optim.dtensor import is_dtensor
+from sophia.optim.dtensor import is_dtensor, local
+from sophia.optim.matrix_owners import cuts
 
 SOURCES = ("curvature", "gradients")
 
@@ -53,7 +54,7 @@ def check_group(group: dict[str, Any]) -> None:
     for name in checks.PATHS:
         if group[name]:
             raise ValueError(f"{name}=True: SophiaK has one path, products of matrices; leave it out")
-    _check_whole_matrices(group["params"])
+    _check_shards(group["params"], group["hidden"])
 
 
 def check_bias_correction(given: dict[str, Any]) -> None:
@@ -67,12 +68,16 @@ def _above_zero(name: str, value: object, alternative: str = "") -> None:
         raise ValueError(f"{name}={value!r} must be a finite number above 0 {alternative}".rstrip())
 
 
-def _check_whole_matrices(params: Sequence[Tensor]) -> None:
+def _check_shards(params: Sequence[Tensor], hidden: bool) -> None:
     for index, p in enumerate(params):
-        if is_dtensor(p):
+        if not (hidden and p.ndim == 2 and is_dtensor(p)):
+            continue
+        cut = [p.placements[number] for number in cuts(p)]
+        if len(cut) > 1 or any(type(placement).__name__ != "Shard" for placement in cut):
             raise ValueError(
-                f"parameter {index} of shape {tuple(p.shape)} is a DTensor: SophiaK needs whole matrices; use DDP, or "
-                "SophiaG"
+                f"parameter {index} of shape {tuple(p.shape)} is a DTensor with placements {p.placements}: SophiaK "
+                "puts hidden matrices together from shards along one dimension of the mesh (FSDP2, HSDP); give it to a "
+                'group with "hidden": False, or use SophiaG'
             )
 
 
@@ -94,5 +99,5 @@ def check_estimates(estimates: Sequence[Tensor | None], params: Sequence[Tensor]
         shown.append(estimate)
     checks.check_estimates(shown, params)
     for index, (estimate, p) in enumerate(zip(estimates, params, strict=True)):
-        if estimate is not None and p not in matrices and bool((estimate < 0).any()):
+        if estimate is not None and p not in matrices and bool((local(estimate) < 0).any()):
             raise ValueError(f"estimate {index} has negative entries, which SophiaK has no meaning for")

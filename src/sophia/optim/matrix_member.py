@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sophia.optim import kronecker
+from sophia.optim.dtensor import is_dtensor, local
+from sophia.optim.matrix_owners import Place
 from sophia.optim.matrix_update import MatrixRule
 
 
@@ -15,6 +17,13 @@ class Member(NamedTuple):
 
     p: Tensor
     group: Mapping[str, Any]
+    place: Place | None = None
+    """Of a hidden matrix that lies in shards; None for all that is whole, or needs not be."""
+
+    @property
+    def here(self) -> bool:
+        """Whether what its basis needs is on this rank."""
+        return self.place is None or self.place.here
 
     @property
     def hidden(self) -> bool:
@@ -57,8 +66,13 @@ class Member(NamedTuple):
             settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0, "product_dtype": None}
         return MatrixRule(**settings)
 
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether diagonal or statistics are made of gradients."""
+        return not self.samples_diagonal or (any(self.sides) and self.group["factors"] == "gradients")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors in its state."""
+        """Of the tensors in its state, on all ranks together."""
         found = {name: tuple(self.p.shape) for name in ("exp_avg", self.diagonal_name)}
         for side, size, wanted in zip(("row", "column"), self.p.shape, self.sides, strict=False):
             if wanted:
@@ -66,14 +80,14 @@ class Member(NamedTuple):
         return found
 
     def complete(self, state: dict[str, Any], dtype: torch.dtype, exact: torch.dtype) -> None:
-        """Start what is missing in its state, and drop what another setting left there.
+        """Start what is missing in its state, and drop what another setting left there, or what another rank holds.
 
         Args:
             state: of the parameter.
             dtype: of momentum and sampled diagonal.
             exact: of all else.
         """
-        wanted = self.shapes()
+        wanted = {name: shape for name, shape in self.shapes().items() if self.here or name == "exp_avg"}
         for name in ("step", "refreshes"):
             state.setdefault(name, torch.zeros((), dtype=torch.float32))
         for name in set(state) - {"step", "refreshes"} - set(wanted):
@@ -86,5 +100,17 @@ class Member(NamedTuple):
             elif name.endswith("_statistics"):
                 state[name] = torch.zeros(shape, dtype=exact, device=self.p.device)
             else:
-                kind = exact if name == "exp_avg_sq" else dtype
-                state[name] = torch.zeros_like(self.p, dtype=kind, memory_format=torch.preserve_format)
+                state[name] = self.zeros(name, exact if name == "exp_avg_sq" else dtype)
+
+    def zeros(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A momentum, sharded as the parameter is, or a diagonal, which is whole where it is a hidden matrix's."""
+        if name == "exp_avg" or not self.hidden:
+            return torch.zeros_like(self.p, dtype=dtype, memory_format=torch.preserve_format)
+        if self.place is None:
+            return torch.zeros_like(local(self.p), dtype=dtype, memory_format=torch.preserve_format)
+        return torch.zeros(self.place.shape, dtype=dtype, device=self.p.device)
+
+    def put_together(self, state: dict[str, Any]) -> None:
+        """Make a diagonal whole that was loaded in shards: another Sophia's. All ranks call it."""
+        if self.hidden and is_dtensor(state.get(self.diagonal_name)):
+            state[self.diagonal_name] = state[self.diagonal_name].full_tensor()

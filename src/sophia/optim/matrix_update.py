@@ -65,9 +65,16 @@ def bound(diagonal: Tensor, rule: MatrixRule) -> Tensor:
     return torch.mul(raised, rule.gamma).clamp_min_(rule.eps)
 
 
-def scaled(u: Tensor, rms: float) -> Tensor:
-    """U to the root mean square ``rms``; zeros stay zeros."""
-    return u * (rms / u.square().mean().sqrt().clamp_min(1e-30))
+def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
+    """U to the root mean square ``rms``; zeros stay zeros.
+
+    Args:
+        u: any shape.
+        rms: wanted.
+        mean_square: of what u is a part of; None where it is all.
+    """
+    present = u.square().mean() if mean_square is None else mean_square
+    return u * (rms / present.sqrt().clamp_min(1e-30))
 
 
 def adam(m: Tensor, squares: Tensor, eps: float = 1e-8) -> Tensor:

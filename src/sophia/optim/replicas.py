@@ -134,8 +134,12 @@ class Replicas:
         return totals
 
     def _wire_device(self, device: torch.device) -> torch.device:
-        """Where tensors must be for this group's backend: gloo talks through the CPU, NCCL through the GPU."""
-        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
+        return wire_device(self.group, device)
+
+
+def wire_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where tensors must be for a group's backend: gloo talks through the CPU, NCCL through the GPU."""
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
 
 
 def _owned(grad: Tensor) -> Tensor:
