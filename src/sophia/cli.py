@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
 }
 BENCHES: Mapping[str, Command] = {
     "step": Command("sophia.bench", "step", "the optimizer's step against torch's fused AdamW"),
+    "update": Command("sophia.bench_update", "update", "each optimizer's update against a training step"),
     "train": Command("sophia.bench_train", "train", "training steps against transformers' GPT-2 with fused AdamW"),
     "memory": Command(
         "sophia.bench_memory", "memory", "peak memory of training steps against the estimate of sophia plan"

@@ -290,7 +290,6 @@ def _refuse_shards(settings: TrainSettings) -> None:
     reasons = {
         "muon": "on shards torch's Muon adds in bfloat16, in an order that depends on the ranks",
         "soap": "it needs whole matrices",
-        "sophia-k": "it needs whole matrices",
     }
     name = settings.optimizer.optimizer
     reason = "what it makes of shards is not known" if settings.optimizer.is_foreign else reasons.get(name)

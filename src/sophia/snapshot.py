@@ -39,8 +39,11 @@ def take(
             weights[name] = whole(value)
     names = _names_by_parameter(model)
     for number, part in enumerate(optimizers.parts):
-        others = _take_state(part, f"{number}/", names, lambda place, value: tensors.update({place: whole(value)}))
-        saved_dict = part.state_dict()
+        saved_dict = part.state_dict()  # complete on every rank; `part.state` of SophiaK is not, on shards
+        own_state = _by_parameter(part, saved_dict["state"])
+        others = _take_state(
+            part, own_state, f"{number}/", names, lambda place, value: tensors.update({place: whole(value)})
+        )
         _check_plain(part, saved_dict)
         groups = []
         # The settings from the state dict: it knows the time where a GPU may have skipped steps.
@@ -115,12 +118,22 @@ def load_optimizers(
         _put_back(part, state)
 
 
+def _by_parameter(part: torch.optim.Optimizer, saved: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state of a state dict by parameter; under its own key what belongs to none."""
+    parameters = dict(enumerate(parameter for group in part.param_groups for parameter in group["params"]))
+    return {parameters.get(key, key): state for key, state in saved.items()}
+
+
 def _take_state(
-    part: torch.optim.Optimizer, prefix: str, names: Mapping[Tensor, str], keep: Callable[[str, Tensor], None]
+    part: torch.optim.Optimizer,
+    states: Mapping[Any, dict[str, Any]],
+    prefix: str,
+    names: Mapping[Tensor, str],
+    keep: Callable[[str, Tensor], None],
 ) -> dict[str, dict[str, Any]]:
     """Give all tensors to ``keep``; returns by parameter and key what is not a tensor, for JSON."""
     others: dict[str, dict[str, Any]] = {}
-    for parameter, state in part.state.items():
+    for parameter, state in states.items():
         if parameter not in names:
             raise ValueError(
                 f"{type(part).__name__} keeps state under {parameter!r}, which is no parameter: a checkpoint cannot "
@@ -166,14 +179,14 @@ def _with_others(found: dict[str, Tensor], trees: Mapping[str, Any], prefix: str
 def _put_back(part: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
     """Undo what loading did to state: torch casts it to its parameter's dtype, and makes other texts of texts.
 
-    A run must go on with the bits that it had.
+    A run must go on with the bits that it had. What the optimizer has dropped stays so: another rank holds it.
     """
     parameters = [parameter for group in part.param_groups for parameter in group["params"]]
     for index, values in state.items():
         own = part.state[parameters[index]]
         for key, value in values.items():
             now = own.get(key)
-            if not (isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype == value.dtype):
+            if key in own and not (isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype == value.dtype):
                 own[key] = value
 
 

@@ -128,13 +128,3 @@ def test_what_one_rank_refuses_all_refuse(ranks, when):
     assert first[:4] == second[:4] == (False, False, 2, True)
     assert "failed on rank [1]" in first[4]
     assert "estimate 1 has shape (8,)" in second[4]
-
-
-def build_sharded():
-    model = engines.spread("fsdp", nets.build())
-    with pytest.raises(ValueError, match=r"is a DTensor: SophiaK needs whole matrices; use DDP, or SophiaG"):
-        SophiaK(model.parameters())
-
-
-def test_sharded_parameters_are_refused(ranks):
-    ranks.run(build_sharded)

@@ -47,8 +47,8 @@ CASES = [
     *(("auto", engine) for engine in ("ddp 2", "fsdp 4", "hsdp 4")),
     *(("adamw", engine) for engine in ("ddp 4", "fsdp 2", "hsdp 4")),
     *(("lion", engine) for engine in ("ddp 2", "fsdp 4")),
-    *(("matrices", engine) for engine in ("ddp 2", "ddp 4")),
-    ("curvature for all", "ddp 4"),
+    *(("matrices", engine) for engine in ("ddp 2", "ddp 4", "fsdp 2", "hsdp 4")),
+    *(("curvature for all", engine) for engine in ("ddp 4", "fsdp 4")),
     ("nadamw", "fsdp 2"),
     ("signum", "fsdp 4"),
     ("muon", "ddp 2"),
@@ -130,7 +130,7 @@ def refused(settings, nodes=None):
 
 @pytest.mark.parametrize(
     ("optimizer", "parallel"),
-    [("muon", "fsdp"), ("muon", "hsdp"), ("soap", "fsdp"), ("sophia-k", "fsdp"), ("torch.optim:SGD", "hsdp")],
+    [("muon", "fsdp"), ("muon", "hsdp"), ("soap", "fsdp"), ("torch.optim:SGD", "hsdp")],
 )
 def test_what_runs_under_ddp_only(ranks, tmp_path, optimizer, parallel):
     data = training.write_data(tmp_path / "data")

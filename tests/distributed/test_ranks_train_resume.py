@@ -19,6 +19,8 @@ MOVES = [
     ("labels", "alone", "hsdp 4"),
     ("hutchinson", "fsdp 2", "ddp 4"),
     ("auto", "fsdp 2", "ddp 4"),
+    ("matrices", "fsdp 2", "ddp 2"),
+    ("matrices", "alone", "fsdp 4"),
     ("adamw", "fsdp 2", "alone"),
     ("muon", "alone", "ddp 2"),
 ]
@@ -47,7 +49,14 @@ def test_from_one_number_of_ranks_to_another(trained, ranks, tmp_path, run, orig
 
 @pytest.mark.parametrize(
     ("run", "engine"),
-    [("labels", "ddp 2"), ("labels", "fsdp 2"), ("hutchinson", "ddp 2"), ("auto", "fsdp 2"), ("adamw", "hsdp 4")],
+    [
+        ("labels", "ddp 2"),
+        ("labels", "fsdp 2"),
+        ("hutchinson", "ddp 2"),
+        ("auto", "fsdp 2"),
+        ("matrices", "fsdp 2"),
+        ("adamw", "hsdp 4"),
+    ],
 )
 def test_bit_for_bit_where_nothing_has_changed(trained, ranks, tmp_path, run, engine):
     undisturbed, notes = go_on(trained, ranks, tmp_path / "run", run, engine, engine)

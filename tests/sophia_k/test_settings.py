@@ -10,7 +10,6 @@ from torch import nn
 
 from sophia import SophiaG, SophiaK
 from sophia.curvature import GaussNewtonBartlett, Hutchinson
-from sophia.optim import matrix_checks
 from tests.models import Snapshot
 from tests.sophia_k import nets
 
@@ -113,18 +112,6 @@ def test_a_refused_group_is_forgotten():
     del new
     gc.collect()
     assert known() is None
-
-
-def test_a_dtensor_is_refused(monkeypatch):
-    """A real one is in `tests/distributed`."""
-    monkeypatch.setattr(matrix_checks, "is_dtensor", lambda p: p.shape == (2, 3))
-    message = r"parameter 1 of shape \(2, 3\) is a DTensor: SophiaK needs whole matrices; use DDP, or SophiaG"
-    with pytest.raises(ValueError, match=message):
-        SophiaK([parameter(), parameter((2, 3))])
-    optimizer = SophiaK([parameter()])
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [parameter((5,)), parameter((2, 3))]})
-    assert len(optimizer.param_groups) == 1
 
 
 # ---- estimates

@@ -99,6 +99,11 @@ class Sums:
     reached: bool = False
     """Whether there was a gradient at all."""
 
+    @property
+    def wants_any(self) -> bool:
+        """Whether anything is added up."""
+        return self.diagonal or any(self.sides)
+
     def add(self, gradient: Tensor) -> None:
         """One chunk's gradient S_c."""
         self.reached = True

@@ -42,7 +42,9 @@ def check_group(group: dict[str, Any]) -> None:
     for name, least in (("orthogonalize", 0), ("max_basis_dim", 1)):
         if not checks.is_whole(group[name]) or group[name] < least:
             raise ValueError(f"{name}={group[name]!r} must be a whole number of at least {least}")
-    if group["product_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+    if isinstance(group["product_dtype"], torch.dtype):  # its name is what a checkpoint can hold
+        group["product_dtype"] = str(group["product_dtype"]).removeprefix("torch.")
+    if group["product_dtype"] not in (None, "bfloat16", "float32", "float64"):
         raise ValueError(f"product_dtype={group['product_dtype']!r} must be torch.bfloat16, torch.float32 or None")
     _above_zero("exponent", group["exponent"])
     if group["update_rms"] is not None:

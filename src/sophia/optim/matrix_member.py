@@ -62,6 +62,8 @@ class Member(NamedTuple):
         """Of its step; where it is no hidden matrix, Sophia's, to a length."""
         names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "product_dtype")
         settings = {name: self.group[name] for name in names}
+        if settings["product_dtype"] is not None:
+            settings["product_dtype"] = getattr(torch, settings["product_dtype"])
         if not self.hidden:
             settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0, "product_dtype": None}
         return MatrixRule(**settings)
@@ -111,6 +113,7 @@ class Member(NamedTuple):
         return torch.zeros(self.place.shape, dtype=dtype, device=self.p.device)
 
     def put_together(self, state: dict[str, Any]) -> None:
-        """Make a diagonal whole that was loaded in shards: another Sophia's. All ranks call it."""
-        if self.hidden and is_dtensor(state.get(self.diagonal_name)):
-            state[self.diagonal_name] = state[self.diagonal_name].full_tensor()
+        """Make whole what was loaded in shards, as another Sophia's diagonal is. All ranks call it."""
+        for name in sorted(state):
+            if self.hidden and name != "exp_avg" and is_dtensor(state[name]):
+                state[name] = state[name].full_tensor()

@@ -1,8 +1,8 @@
 """Hidden matrices that an engine keeps in shards (FSDP2, HSDP): each has one rank that puts it together and turns it.
 
 A basis turns whole rows and columns, which no rank has. So the owner of a matrix gets its shards, computes, and sends
-the shards of the result back; it alone holds bases, statistics and diagonal. In a round each rank owns at most one
-matrix: all compute at once, and no rank holds more than one whole matrix beside its state.
+the shards of the result back; it alone holds bases, statistics and diagonal. Matrices travel in rounds in which a rank
+owns at most one: all compute at once, and none holds more than one whole matrix beside its state.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     """Of the whole matrix."""
     dim: int
     """That is cut into shards, as by `torch.chunk`."""
-    ranks: Any
+    ranks: dist.ProcessGroup
     """Process group of those that have a shard each."""
     size: int
     """Their number."""
@@ -93,15 +93,17 @@ def assign(groups: Iterable[Iterable[Tensor]]) -> dict[Tensor, Place]:
 
 
 def rounds(members: Iterable[tuple[One, torch.dtype]]) -> list[list[One]]:
-    """Sharded matrices of one process group and dtype, at most one of each owner, in rounds.
+    """Matrices whose shards can travel together, of which no rank puts two together; whole ones each on its own.
 
     Args:
-        members: what lies at a place, and the dtype in which it travels.
+        members: what lies at a place (None: is whole), and the dtype in which it travels.
     """
+    alone: list[list[One]] = []
     found: dict[Any, list[list[One]]] = {}
     counts: dict[Any, int] = {}
     for one, dtype in members:
         if one.place is None:
+            alone.append([one])
             continue
         kind = (one.place.ranks, dtype)
         number = counts.get((kind, one.place.owner), 0)
@@ -110,64 +112,69 @@ def rounds(members: Iterable[tuple[One, torch.dtype]]) -> list[list[One]]:
         if number == len(several):
             several.append([])
         several[number].append(one)
-    return [one for several in found.values() for one in several]
+    return [*alone, *(one for several in found.values() for one in several)]
 
 
-def gathered(places: Sequence[Place], shards: Sequence[Tensor]) -> Tensor | None:
+def gathered(places: Sequence[Place | None], shards: Sequence[Tensor]) -> Tensor | None:
     """The matrix of a round that this rank owns, from the shards of all; None if it owns none of them.
 
     Args:
-        places: of the matrices of a round.
+        places: of the matrices of a round, or of some of them.
         shards: this rank's, of each.
     """
-    sent = [0] * places[0].size
-    for place, shard in zip(places, shards, strict=True):
+    lying = [place for place in places if place is not None]
+    if not lying:  # whole, or nothing
+        return shards[0] if shards else None
+    sent = [0] * lying[0].size
+    for place, shard in zip(lying, shards, strict=True):
         sent[place.owner] = shard.numel()
-    ordered = sorted(zip(places, shards, strict=True), key=lambda pair: pair[0].owner)
-    mine = next((place for place in places if place.here), None)
-    received = [0] * places[0].size if mine is None else mine.shard_sizes()
-    flat = _exchange(torch.cat([shard.reshape(-1) for _, shard in ordered]), sent, received, places[0].ranks)
+    ordered = sorted(zip(lying, shards, strict=True), key=lambda pair: pair[0].owner)
+    mine = next((place for place in lying if place.here), None)
+    received = [0] * lying[0].size if mine is None else mine.shard_sizes()
+    flat = _exchange(torch.cat([shard.reshape(-1) for _, shard in ordered]), sent, received, lying[0].ranks)
     if mine is None:
         return None
-    parts = [part.view(mine.shard_shape(rank)) for rank, part in enumerate(flat.split(received))]
+    parts = [part.view(mine.shard_shape(rank)) for rank, part in enumerate(torch.split(flat, received))]
     return torch.cat(parts, dim=mine.dim)
 
 
-def scattered(places: Sequence[Place], whole: Tensor | None, like: Tensor) -> list[Tensor]:
-    """This rank's shard of each matrix of a round, from their owners.
+def scattered(places: Sequence[Place | None], whole: Tensor | None, like: Tensor) -> list[Tensor]:
+    """This rank's shard of each matrix, from their owners: the way back from :func:`gathered`.
 
     Args:
         places: of the matrices.
         whole: the one that this rank owns, if it owns one.
         like: a tensor of the dtype and on the device of all.
     """
-    mine = next((place for place in places if place.here), None)
-    sent, flat = [0] * places[0].size, like.new_empty(0)
+    lying = [place for place in places if place is not None]
+    if not lying:
+        return [] if whole is None else [whole]
+    mine = next((place for place in lying if place.here), None)
+    sent, flat = [0] * lying[0].size, like.new_empty(0)
     if mine is not None:
         assert whole is not None
         sent = mine.shard_sizes()
         largest = max(1, mine.shard_shape(0)[mine.dim])
-        flat = torch.cat([part.reshape(-1) for part in whole.split(largest, dim=mine.dim)])
-    received = [0] * places[0].size
-    for place in places:
+        flat = torch.cat([part.reshape(-1) for part in torch.split(whole, largest, dim=mine.dim)])
+    received = [0] * lying[0].size
+    for place in lying:
         received[place.owner] = place.shard_sizes()[place.rank]
-    parts = _exchange(flat, sent, received, places[0].ranks).split(received)
-    return [parts[place.owner].view(place.shard_shape(place.rank)) for place in places]
+    parts = torch.split(_exchange(flat, sent, received, lying[0].ranks), received)
+    return [parts[place.owner].view(place.shard_shape(place.rank)) for place in lying]
 
 
-def copied(place: Place, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A tensor that the owner holds, on all ranks.
+def copied(place: Place, tensor: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor that the owner of a matrix holds, on all ranks.
 
     Args:
-        place: of its matrix.
-        tensor: on the owner; else None.
-        shape, dtype: of the tensor.
-        like: any tensor on the device where the copy is wanted.
+        place: of the matrix.
+        tensor: on the owner; it is returned there.
+        like: of its shape and dtype, on the device where the copy is wanted; its values do not count.
     """
     wire = wire_device(place.ranks, like.device)
-    sent = torch.empty(tuple(shape), dtype=dtype, device=wire) if tensor is None else tensor.to(wire).contiguous()
+    sent = (tensor if place.here and tensor is not None else like).to(wire).contiguous()
     dist.broadcast(sent, src=dist.get_global_rank(place.ranks, place.owner), group=place.ranks)
-    return sent.to(like.device) if tensor is None else tensor
+    return tensor if place.here and tensor is not None else sent.to(like.device)
 
 
 def _work(p: Tensor) -> int:
@@ -175,7 +182,7 @@ def _work(p: Tensor) -> int:
     return p.numel() * min(p.shape)
 
 
-def _exchange(flat: Tensor, sent: list[int], received: list[int], ranks: Any) -> Tensor:
+def _exchange(flat: Tensor, sent: list[int], received: list[int], ranks: dist.ProcessGroup) -> Tensor:
     """What the ranks have for this one, in their order, for what it has for them."""
     wire = wire_device(ranks, flat.device)
     found = torch.empty(sum(received), dtype=flat.dtype, device=wire)

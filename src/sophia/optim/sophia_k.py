@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -10,11 +11,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sophia.optim import checks, fsdp, kronecker, matrix_checks, refresh, rounding, state, stats, update
+from sophia.optim import (
+    adam_step,
+    checks,
+    fsdp,
+    kronecker,
+    matrix_checks,
+    matrix_owners,
+    refresh,
+    rounding,
+    state,
+    stats,
+    update,
+)
 from sophia.optim.curvature import GaussNewtonBartlett
+from sophia.optim.dtensor import is_dtensor, local, localise, shard, shards
 from sophia.optim.eigenbasis import rotate
 from sophia.optim.matrix_member import Member
-from sophia.optim.matrix_update import Basis, adam, bound, direction
+from sophia.optim.matrix_update import Basis, adam, bound, direction, scaled
 from sophia.optim.replicas import Replicas
 from sophia.optim.variants import SophiaG
 
@@ -67,12 +81,16 @@ class SophiaK(SophiaG):
     The remaining arguments are those of :class:`Sophia`. There are no foreach, fused or capturable paths: products of
     matrices are what a step costs.
 
+    Under FSDP2 each hidden matrix has one rank that puts its shards together, turns them, and alone holds diagonal,
+    statistics and bases: memory and work are dealt to the ranks. In each step momenta travel there, and updates back.
+
     State of a parameter: `step`, `refreshes`, `exp_avg` (m) and `hessian` (D, in the basis) or `exp_avg_sq` (an average
     of squared gradients, in the basis); of a hidden matrix also `row_statistics`, `row_basis`, `column_statistics` and
     `column_basis`, for the sides that are turned.
 
     Raises:
-        ValueError: a setting is out of its range, or a parameter is a DTensor.
+        ValueError: a setting is out of its range, or a hidden matrix is a DTensor that is cut along two dimensions of
+            its mesh (FSDP2 with tensor parallelism).
     """
 
     PAPER: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -123,7 +141,7 @@ class SophiaK(SophiaG):
             "nesterov": nesterov,
             "others": others,
             "max_basis_dim": max_basis_dim,
-            "product_dtype": product_dtype,
+            "product_dtype": product_dtype if product_dtype is None else str(product_dtype).removeprefix("torch."),
         }
         super().__init__(
             params,
@@ -154,7 +172,8 @@ class SophiaK(SophiaG):
 
         Args:
             estimates: one tensor or None per parameter in the order of the groups: of a hidden matrix sampled gradients
-                S_c / √N, [chunks, rows, columns]; of another parameter an estimate of its diagonal.
+                S_c / √N, [chunks, rows, columns], whole also where the matrix is sharded; of another parameter an
+                estimate of its diagonal, a DTensor where the parameter is one.
 
         Returns:
             False, with nothing changed, when one that is used is not finite on some rank; it is counted as refused.
@@ -203,7 +222,7 @@ class SophiaK(SophiaG):
             if not self._accepted(sums, replicas):
                 return False
             with _full_precision(self._parameters()):
-                first = {p: one.eigenbasis() for p, one in sums.items() if one.reached}
+                first = {one.p: sums[one.p].eigenbasis() for one in starting if one.here and sums[one.p].reached}
         sums = {
             one.p: kronecker.Sums(
                 basis=first.get(one.p) or kronecker.basis(self.state.get(one.p, {})),
@@ -229,11 +248,20 @@ class SophiaK(SophiaG):
         for gradients, count in chunks:
             total += count
             with _full_precision(self._parameters()):  # around the arithmetic, not around the forward of the next chunk
-                for p, gradient in zip(self._parameters(), gradients, strict=True):
-                    if gradient is not None and p in sums:
-                        sums[p].add(gradient)
+                self._add_chunk(sums, gradients)
             del gradients  # not beside those of the next chunk
         return total
+
+    def _add_chunk(self, sums: Mapping[Tensor, kronecker.Sums], gradients: Sequence[Tensor | None]) -> None:
+        found = {p: g for p, g in zip(self._parameters(), gradients, strict=True) if g is not None and p in sums}
+        members = [one for one in self._members() if one.p in found]
+        for one in members:
+            sums[one.p].reached = True
+        for several in _rounds(one for one in members if sums[one.p].wants_any):
+            whole = _gathered(several, [found[one.p] for one in several])
+            for one in several:
+                if one.here and whole is not None:
+                    sums[one.p].add(whole)
 
     def _accepted(self, sums: Mapping[Tensor, kronecker.Sums], replicas: Replicas) -> bool:
         finite = checks.all_finite(total for one in sums.values() for total in one.tensors())
@@ -245,13 +273,15 @@ class SophiaK(SophiaG):
     def _fold_one(self, one: Member, sums: kronecker.Sums, scale: float, first: Basis | None) -> None:
         own = self._state(one.p, one.group)
         decay = state.count_estimate(own, one.group["betas"][1])
+        if not one.here:
+            return
         sums.fold_factors(own, weight=1 - decay, scale=scale)
         diagonal = own.get(one.diagonal_name)
         if first is not None:  # what was averaged before, of gradients, was averaged in others
             kronecker.turn(own, None if one.samples_diagonal else diagonal, first)
         if sums.squares is not None:
             update.fold_curvature(
-                [own["hessian"]],
+                [local(own["hessian"])],
                 [sums.squares],
                 beta2=decay,
                 scale=scale,
@@ -274,56 +304,100 @@ class SophiaK(SophiaG):
         capturing: bool,
     ) -> None:
         assert found_inf is None  # read before
+        moving: list[Member] = []
+        whole: list[Member] = []  # Adam's, in one call
         for p in group["params"]:
             if p.grad is None:
                 if p.requires_grad:  # a checkpoint of unused parameters must be loadable, too
                     self._state(p, group)
                 continue
             own = self.state[p] if "exp_avg" in self.state[p] else self._state(p, group)
+            one = self._member(p, group)
+            if adam_step.fits(one, own):
+                whole.append(one)
+                continue
             own["step"] += 1
-            scale = None if grad_scale is None else grad_scale.to(p.device)
             update.accumulate_momentum(
-                [p.grad],
-                [own["exp_avg"]],
+                [localise(p.grad, p)],
+                [local(own["exp_avg"])],
                 beta1=group["betas"][0],
                 maximize=group["maximize"],
                 scratch=self._scratch,
                 keys=[self._rounding_key(p, rounding.EXP_AVG)],
                 step=self._clock.time,
-                grad_scale=scale,
+                grad_scale=None if grad_scale is None else grad_scale.to(p.device),
             )
-            g = p.grad.to(update.compute_dtype(p))
-            if scale is not None:
-                g = g / scale
-            with _full_precision([p]):
-                self._move(Member(p, group), own, -g if group["maximize"] else g)
+            moving.append(one)
+        adam_step.take(whole, self.state, group, grad_scale)
+        with _full_precision(group["params"]):
+            self._move_others([one for one in moving if not one.hidden], grad_scale)
+            for several in _rounds(one for one in moving if one.hidden):
+                self._move_hidden(several, [_gradient(one, grad_scale) for one in several])
 
-    def _move(self, one: Member, own: dict[str, Any], g: Tensor) -> None:
-        """Update one parameter and what follows gradients in its state; curvature that is not known holds it still."""
-        p, group = one
-        (beta1, beta2), t = group["betas"], int(own["step"])
-        m, basis = own["exp_avg"].to(g.dtype), kronecker.basis(own)
+    def _move_others(self, members: Iterable[Member], grad_scale: Tensor | None) -> None:
+        """Update parameters that are no hidden matrices, entry by entry, and what follows gradients in their state.
+
+        Curvature that is not known holds them still.
+        """
+        shared: list[tuple[Member, Tensor]] = []
+        for one in members:
+            own, g, rms = self.state[one.p], _gradient(one, grad_scale), one.group["update_rms"]
+            m, diagonal = local(own["exp_avg"]).to(g.dtype), self._diagonal(one, own, g)
+            if one.p not in self._reach:
+                continue
+            if not one.samples_diagonal:
+                _write(one, adam(m / (1 - one.group["betas"][0] ** int(own["step"])), diagonal))
+            elif rms is None or shards(one.p) == 1:
+                _write(one, direction(m, diagonal, kronecker.NO_BASIS, one.rule))
+            else:  # other shards count, too
+                shared.append((one, direction(m, diagonal, kronecker.NO_BASIS, replace(one.rule, update_rms=None))))
+        if shared:
+            replicas = self._replicas()
+            parts = [u.square().sum() * (replicas.shard_weight(one.p) / one.p.numel()) for one, u in shared]
+            for (one, u), mean_square in zip(shared, replicas.sum_shards(torch.stack(parts)), strict=True):
+                _write(one, scaled(u, one.group["update_rms"], mean_square))
+
+    def _move_hidden(self, several: Sequence[Member], gradients: Sequence[Tensor]) -> None:
+        """The same of hidden matrices, each of them where it is put together.
+
+        Args:
+            several: a round, of which at most one matrix is put together here.
+            gradients: of the matrices, this rank's parts.
+        """
+        given = dict(zip((one.p for one in several), gradients, strict=True))
+        mine = next((one for one in several if one.here), None)
+        following = [one for one in several if one.follows_gradients]
+        g = _gathered(following, [given[one.p] for one in following])
+        diagonal = None if mine is None else self._diagonal(mine, self.state[mine.p], g)
+        moving = [one for one in several if one.p in self._reach]
+        x = _gathered(moving, [_along(one, self.state[one.p], given[one.p]) for one in moving])
+        u = None
+        if mine is not None and x is not None and diagonal is not None:
+            u = direction(x, diagonal, kronecker.basis(self.state[mine.p]), mine.rule)
+        for one, part in zip(moving, _scattered(moving, u, gradients[0]), strict=True):
+            _write(one, part)
+        if mine is not None and g is not None:
+            self._follow(mine, self.state[mine.p], g)
+
+    def _diagonal(self, one: Member, own: dict[str, Any], g: Tensor | None) -> Tensor:
+        """D, after this step's gradient where it is made of gradients."""
         if one.samples_diagonal:
-            diagonal = own["hessian"].to(g.dtype)
-        else:
-            squares = rotate(g, *basis).square()
-            if "exp_avg_sq" not in own:  # since 1 - beta2^t corrects an average of t
-                own["exp_avg_sq"] = squares * (1 - beta2 ** (t - 1))
-            diagonal = own["exp_avg_sq"].mul_(beta2).add_(squares, alpha=1 - beta2) / (1 - beta2**t)
-        if p in self._reach:
-            if one.hidden:
-                u = direction(m.lerp(g, 1 - beta1) if group["nesterov"] else m, diagonal, basis, one.rule)
-            elif one.samples_diagonal:
-                u = direction(m, diagonal, kronecker.NO_BASIS, one.rule)
-            else:
-                u = adam(m / (1 - beta1**t), diagonal)
-            update.write(p, p.to(g.dtype) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * u)
-        if any(one.sides) and group["factors"] == "gradients":
-            self._follow(one, own, g, t)
+            return local(own["hessian"]).to(update.compute_dtype(one.p))
+        assert g is not None
+        beta2, t = one.group["betas"][1], int(own["step"])
+        squares = rotate(g, *kronecker.basis(own)).square()
+        if "exp_avg_sq" not in own:  # since 1 - beta2^t corrects an average of t
+            own["exp_avg_sq"] = one.zeros("exp_avg_sq", g.dtype)
+            local(own["exp_avg_sq"]).add_(squares, alpha=1 - beta2 ** (t - 1))
+        average = local(own["exp_avg_sq"]).mul_(beta2).add_(squares, alpha=1 - beta2)
+        corrected: Tensor = average / (1 - beta2**t)
+        return corrected
 
-    def _follow(self, one: Member, own: dict[str, Any], g: Tensor, t: int) -> None:
+    def _follow(self, one: Member, own: dict[str, Any], g: Tensor) -> None:
         """Fold a gradient into statistics made of gradients, and move their bases when due."""
-        beta2 = one.group["betas"][1]
+        if not any(one.sides) or one.group["factors"] != "gradients":
+            return
+        beta2, t = one.group["betas"][1], int(own["step"])
         kronecker.fold_gradient(own, g, 1 - beta2)
         if t == 1:
             sampled = own["hessian"] if one.samples_diagonal else None
@@ -337,17 +411,39 @@ class SophiaK(SophiaG):
 
     @torch.no_grad()
     def stats(self, reduce: bool = False) -> dict[str, Tensor]:
-        """As of :class:`Sophia`; `clip_fraction` counts in the bases, where sampled curvature clips."""
+        """As of :class:`Sophia`; `clip_fraction` counts in the bases, where sampled curvature clips.
+
+        Args:
+            reduce: as of :class:`Sophia`. Without it a sharded hidden matrix, which no rank has whole, is left out of
+                `clip_fraction`.
+        """
         totals = torch.zeros(4, dtype=torch.float32, device=self._parameters()[0].device)
-        for one in self._members():
-            own, rule = self.state.get(one.p, {}), one.rule
-            if one.p not in self._reach or "hessian" not in own:
-                continue
-            m, diagonal = (own[name].to(update.compute_dtype(one.p)) for name in ("exp_avg", "hessian"))
-            clipped = rotate(m, *kronecker.basis(own)).abs() > bound(diagonal, rule)
-            counts = (clipped.sum() * rule.clip, totals.new_tensor(m.numel() * rule.clip))
-            totals += torch.stack([x.to(totals) for x in (*counts, m.square().sum(), diagonal.square().sum())])
-        return stats.named(totals, self._clock)
+        members = [
+            one
+            for one in self._members()
+            if one.p in self._reach and one.samples_diagonal and "exp_avg" in self.state.get(one.p, {})
+        ]
+        replicas = self._replicas() if reduce and any(shards(p) > 1 for p in self._parameters()) else None
+        for several in _rounds(members) if replicas else [[one] for one in members]:
+            momenta = [local(self.state[one.p]["exp_avg"]).to(update.compute_dtype(one.p)) for one in several]
+            m = _gathered(several, momenta) if replicas else momenta[0]
+            for one in several:
+                if m is not None and (one.here or not replicas):
+                    weight = replicas.shard_weight(one.p) if replicas else 1.0
+                    totals += self._sums(one, m).to(totals) * weight
+        return stats.named(totals if replicas is None else replicas.sum_shards(totals), self._clock)
+
+    def _sums(self, one: Member, m: Tensor) -> Tensor:
+        """Clipped coordinates, all coordinates, Σ m² and Σ D² of a parameter, or of what there is of it here: [4]."""
+        own, rule = self.state[one.p], one.rule
+        clipped = count = curvature = m.new_zeros(())
+        if one.here:
+            diagonal = local(own["hessian"]).to(m.dtype)
+            curvature = diagonal.square().sum()
+            if m.shape == diagonal.shape and rule.clip:
+                clipped = (rotate(m, *kronecker.basis(own)).abs() > bound(diagonal, rule)).sum()
+                count = m.new_tensor(m.numel())
+        return torch.stack([x.to(m.dtype) for x in (clipped, count, m.square().sum(), curvature)])
 
     # ---- groups and state
 
@@ -368,8 +464,19 @@ class SophiaK(SophiaG):
     def _shapes(self, p: Tensor, group: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
         return Member(p, group).shapes()
 
+    def _init_private(self, *settings: Any) -> None:
+        super()._init_private(*settings)
+        self._places: dict[Tensor, matrix_owners.Place | None] = {}
+
     def _members(self) -> Iterator[Member]:
-        return (Member(p, group) for group in self.param_groups for p in group["params"])
+        return (self._member(p, group) for group in self.param_groups for p in group["params"])
+
+    def _member(self, p: Tensor, group: Mapping[str, Any]) -> Member:
+        if p not in self._places:
+            every = [[Member(q, one) for q in one["params"]] for one in self.param_groups]
+            owned = matrix_owners.assign([one.p for one in members if one.hidden] for members in every)
+            self._places = {q: owned.get(q) for q in self._parameters()}
+        return Member(p, group, self._places[p])
 
     @property
     def _needs_curvature(self) -> bool:
@@ -380,12 +487,47 @@ class SophiaK(SophiaG):
 
     def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         own: dict[str, Any] = self.state[p]
-        Member(p, group).complete(own, self._dtype_of_state(p), state.dtype_of_state(p, None))
+        self._member(p, group).complete(own, self._dtype_of_state(p), state.dtype_of_state(p, None))
         return own
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; complete on every rank.
+
+        Under FSDP2 all ranks call it: what only one of them holds is copied to all, as plain tensors, so that any
+        number of ranks can load it.
+        """
+        saved = super().state_dict()
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        spread = [(index, one) for index, one in zip(indices, self._members(), strict=True) if one.place is not None]
+        if not spread:
+            return saved
+        present = [[int(name in saved["state"].get(index, {})) for name in one.shapes()] for index, one in spread]
+        everywhere = self._replicas().gather(
+            [flag for flags in present for flag in flags], self._parameters()[0].device
+        )
+        flags = iter([any(theirs) for theirs in zip(*everywhere, strict=True)])
+        for index, one in spread:
+            held = {name: shape for name, shape in one.shapes().items() if next(flags) and name != "exp_avg"}
+            if held:
+                saved["state"][index] = {**saved["state"][index], **self._copies(one, held)}
+        return saved
+
+    def _copies(self, one: Member, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """What the owner of a matrix holds of its state, on every rank."""
+        assert one.place is not None
+        own = self.state[one.p]
+        copies: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            dtype = self._dtype_of_state(one.p) if name == "hessian" else state.dtype_of_state(one.p, None)
+            like = torch.empty(tuple(shape), dtype=dtype, device=one.p.device)
+            copies[name] = matrix_owners.copied(one.place, own.get(name), like)
+        return copies
+
     def _complete_state(self) -> None:
+        self._places.clear()  # parameters, and which matrices are hidden, may be others
         for one in self._members():
             if self.state.get(one.p):
+                one.put_together(self.state[one.p])
                 self._state(one.p, one.group)
         # Any tensor but one of negative zeros says that curvature has been here.
         self._reach.restore((p, self.state[p]["refreshes"] if self._refreshed(p) else None) for p in self._parameters())
@@ -401,6 +543,39 @@ def _full_precision(params: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
+def _rounds(members: Iterable[Member]) -> list[list[Member]]:
+    return matrix_owners.rounds((one, update.compute_dtype(one.p)) for one in members)
+
+
+def _gathered(several: Sequence[Member], parts: Sequence[Tensor]) -> Tensor | None:
+    return matrix_owners.gathered([one.place for one in several], parts)
+
+
+def _scattered(several: Sequence[Member], whole: Tensor | None, like: Tensor) -> list[Tensor]:
+    return matrix_owners.scattered([one.place for one in several], whole, like)
+
+
+def _gradient(one: Member, grad_scale: Tensor | None) -> Tensor:
+    """This rank's part of the gradient, as the rule takes it."""
+    assert one.p.grad is not None
+    g = localise(one.p.grad, one.p).to(update.compute_dtype(one.p))
+    if grad_scale is not None:
+        g = g / grad_scale.to(g.device)
+    return -g if one.group["maximize"] else g
+
+
+def _along(one: Member, own: Mapping[str, Any], g: Tensor) -> Tensor:
+    """What a hidden matrix steps along: of this rank's part, from momentum and gradient."""
+    m = local(own["exp_avg"]).to(g.dtype)
+    return m.lerp(g, 1 - one.group["betas"][0]) if one.group["nesterov"] else m
+
+
+def _write(one: Member, u: Tensor) -> None:
+    """θ ← θ − η λ θ − η u, of this rank's part."""
+    p, group = local(one.p), one.group
+    update.write(p, p.to(u.dtype) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * u)
+
+
 def _as_chunks(estimates: Sequence[Tensor | None], params: Sequence[Tensor], matrices: set[Tensor]) -> Iterator[Any]:
     """Estimates as sampled gradients: a diagonal is the square of its root, in the first chunk."""
     given = [(e, p, p in matrices) for e, p in zip(estimates, params, strict=True)]
@@ -411,6 +586,8 @@ def _as_chunks(estimates: Sequence[Tensor | None], params: Sequence[Tensor], mat
             if e is None or number >= (len(e) if stacked else 1):
                 gradients.append(None)
                 continue
-            exact = e.to(device=p.device, dtype=state.dtype_of_state(p, None))
-            gradients.append(exact[number] if stacked else exact.sqrt())
+            whole = e.full_tensor() if stacked and is_dtensor(e) else e
+            part = shard(whole[number], p) if stacked else localise(e, p)
+            exact = part.to(device=p.device, dtype=state.dtype_of_state(p, None))
+            gradients.append(exact if stacked else exact.sqrt())
         yield gradients, 1 if number == 0 else 0
