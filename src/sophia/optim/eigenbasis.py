@@ -21,14 +21,14 @@ def fold_outer(rows: Tensor | None, columns: Tensor | None, gradient: Tensor, we
 
 def rotate(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Into the basis: Q_Rᵀ x Q_C; x itself where there is none."""
-    turned = x if rows is None else rows.T @ x
+    turned = x if rows is None else rows.mT @ x
     return turned if columns is None else turned @ columns
 
 
 def rotate_back(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Out of the basis: Q_R x Q_Cᵀ; x itself where there is none."""
     turned = x if rows is None else rows @ x
-    return turned if columns is None else turned @ columns.T
+    return turned if columns is None else turned @ columns.mT
 
 
 def eigenvectors(statistics: Tensor) -> Tensor:

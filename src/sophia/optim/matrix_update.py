@@ -42,9 +42,10 @@ def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Te
         u ← Q_R u Q_Cᵀ,  orthogonalized,  scaled to its root mean square
 
     Args:
-        x: the momentum, in the parameter's own basis, [rows, columns]; of any shape without a basis.
+        x: the momentum, in the parameter's own basis, [rows, columns], or [matrices, rows, columns] of several at once;
+            of a parameter that is no matrix, whatever its shape, as one row.
         diagonal: D, x's shape, not negative, in the basis.
-        basis: what it is turned by.
+        basis: what it is turned by, [matrices, side, side] for several.
         rule: the rest.
     """
     low = rule.product_dtype or x.dtype
@@ -53,7 +54,7 @@ def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Te
     if rule.clip:
         u = u.clamp(-1, 1)
     u = rotate_back(u.to(low), rows, columns)
-    if rule.orthogonalize and x.ndim == 2:
+    if rule.orthogonalize:
         u = newton_schulz(u, rule.orthogonalize)
     u = u.to(x.dtype)
     return u if rule.update_rms is None else scaled(u, rule.update_rms)
@@ -69,11 +70,11 @@ def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
     """U to the root mean square ``rms``; zeros stay zeros.
 
     Args:
-        u: any shape.
+        u: [..., rows, columns]; any shape with its mean square.
         rms: wanted.
         mean_square: of what u is a part of; None where it is all.
     """
-    present = u.square().mean() if mean_square is None else mean_square
+    present = u.square().mean(dim=(-2, -1), keepdim=True) if mean_square is None else mean_square
     return u * (rms / present.sqrt().clamp_min(1e-30))
 
 

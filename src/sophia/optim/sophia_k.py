@@ -33,6 +33,8 @@ from sophia.optim.replicas import Replicas
 from sophia.optim.variants import SophiaG
 
 Source = Literal["curvature", "gradients"]
+# Elements of matrices that are turned together: three of gpt2-small's largest.
+_TOGETHER = 1 << 23
 Chunks: TypeAlias = Iterable[tuple[Sequence[Tensor | None], int]]
 
 
@@ -331,8 +333,11 @@ class SophiaK(SophiaG):
         adam_step.take(whole, self.state, group, grad_scale)
         with _full_precision(group["params"]):
             self._move_others([one for one in moving if not one.hidden], grad_scale)
-            for several in _rounds(one for one in moving if one.hidden):
-                self._move_hidden(several, [_gradient(one, grad_scale) for one in several])
+            hidden = [one for one in moving if one.hidden]
+            for several in _alike(one for one in hidden if one.place is None):
+                self._move_whole(several, [_gradient(one, grad_scale) for one in several])
+            for several in _rounds(one for one in hidden if one.place is not None):
+                self._move_sharded(several, [_gradient(one, grad_scale) for one in several])
 
     def _move_others(self, members: Iterable[Member], grad_scale: Tensor | None) -> None:
         """Update parameters that are no hidden matrices, entry by entry, and what follows gradients in their state.
@@ -348,7 +353,8 @@ class SophiaK(SophiaG):
             if not one.samples_diagonal:
                 _write(one, adam(m / (1 - one.group["betas"][0] ** int(own["step"])), diagonal))
             elif rms is None or shards(one.p) == 1:
-                _write(one, direction(m, diagonal, kronecker.NO_BASIS, one.rule))
+                u = direction(m.reshape(1, -1), diagonal.reshape(1, -1), kronecker.NO_BASIS, one.rule)
+                _write(one, u.reshape(m.shape))
             else:  # other shards count, too
                 shared.append((one, direction(m, diagonal, kronecker.NO_BASIS, replace(one.rule, update_rms=None))))
         if shared:
@@ -357,8 +363,31 @@ class SophiaK(SophiaG):
             for (one, u), mean_square in zip(shared, replicas.sum_shards(torch.stack(parts)), strict=True):
                 _write(one, scaled(u, one.group["update_rms"], mean_square))
 
-    def _move_hidden(self, several: Sequence[Member], gradients: Sequence[Tensor]) -> None:
-        """The same of hidden matrices, each of them where it is put together.
+    def _move_whole(self, several: Sequence[Member], gradients: Sequence[Tensor]) -> None:
+        """The same of hidden matrices of one shape, together: their products are small, and many.
+
+        Args:
+            several: the matrices.
+            gradients: of each.
+        """
+        moving, along, diagonals = [], [], []
+        for one, g in zip(several, gradients, strict=True):
+            diagonal = self._diagonal(one, self.state[one.p], g)
+            if one.p in self._reach:
+                moving.append(one)
+                along.append(_along(one, self.state[one.p], g))
+                diagonals.append(diagonal)
+        if moving:
+            bases = zip(*(kronecker.basis(self.state[one.p]) for one in moving), strict=True)
+            rows, columns = (_stacked(side) for side in bases)
+            x, diagonal = torch.stack(along), torch.stack(diagonals)
+            for one, u in zip(moving, direction(x, diagonal, (rows, columns), moving[0].rule), strict=True):
+                _write(one, u)
+        for one, g in zip(several, gradients, strict=True):
+            self._follow(one, self.state[one.p], g)
+
+    def _move_sharded(self, several: Sequence[Member], gradients: Sequence[Tensor]) -> None:
+        """The same of matrices in shards, each of them where it is put together.
 
         Args:
             several: a round, of which at most one matrix is put together here.
@@ -541,6 +570,25 @@ def _full_precision(params: Sequence[Tensor]) -> Iterator[None]:
         for device_type in {p.device.type for p in params}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+def _alike(members: Iterable[Member]) -> Iterable[Sequence[Member]]:
+    """Hidden matrices of one shape, dtype, device and rule, together, but not so many that copies of them weigh."""
+    found: dict[Any, list[Member]] = {}
+    for one in members:
+        kind = (one.p.shape, update.compute_dtype(one.p), one.p.device, one.rule)
+        several = found.setdefault(kind, [])
+        if (len(several) + 1) * one.p.numel() > _TOGETHER and several:
+            yield several
+            several = found[kind] = []
+        several.append(one)
+    yield from found.values()
+
+
+def _stacked(side: Sequence[Tensor | None]) -> Tensor | None:
+    """The bases of one side of several matrices; of all or none there is one."""
+    present = [one for one in side if one is not None]
+    return torch.stack(present) if present else None
 
 
 def _rounds(members: Iterable[Member]) -> list[list[Member]]:
