@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint soak wheel-test clean
+.PHONY: demo test lint docs soak wheel-test clean
 
 demo: $(READY)
 	$(BIN)/sophia demo
@@ -19,6 +19,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site: open build/docs/index.html. The variable silences what the theme says of its own future.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Hours of a user's life in minutes: a large text, kills at random moments. Writes benchmarks/results/soak-*.json.
 soak: $(READY)
@@ -42,4 +46,4 @@ wheel-test: $(READY)
 	rm -rf $(VENV)-wheel
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel dist demo-out
+	rm -rf $(VENV) $(VENV)-wheel dist build demo-out
