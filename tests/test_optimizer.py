@@ -33,7 +33,7 @@ def test_the_public_signature_is_the_documented_one():
 
 
 def test_public_names():
-    assert sorted(sophia.__all__) == ["Sophia", "SophiaG", "SophiaH", "__version__", "curvature"]
+    assert sorted(sophia.__all__) == ["Sophia", "SophiaG", "SophiaH", "SophiaK", "__version__", "convert", "curvature"]
     assert isinstance(SophiaG([nn.Parameter(torch.ones(1))]), torch.optim.Optimizer)
 
 

@@ -43,7 +43,7 @@ from sophia.model import GPTConfig
 from sophia.optim.kronecker import Sides, turned
 from sophia.optim.products import BLOCK
 from sophia.optim.soap import LARGEST as SOAP_LARGEST
-from sophia.optim.sophia_k import SophiaK
+from sophia.optim.sophia_k import TOGETHER, SophiaK
 from sophia.optim.update import BUCKET
 
 Precision = Literal["fp32", "bf16"]
@@ -438,17 +438,19 @@ class _Step:
     @property
     def step_temporaries(self) -> int:
         """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; for
-        Muon, SOAP and Sophia-K products, or AdamW's rule for the embedding.
+        Muon, SOAP and Sophia-K products, or on shards AdamW's rule for the embedding.
         """
         if self.optimizer in ("lion", "signum"):
             return self.model
         if self.optimizer == "nadamw":
             return 2 * self.model
         squared = self.config.width**2
+        # Of the largest, 4 W · W, so many are turned together; the rest is by measurement.
+        alike = min(self.config.layers, max(1, TOGETHER // (4 * squared)))
         products = {
             "muon": 4 * 4 * squared,  # a bf16 product and its operands, of the largest matrix
             "soap": 4 * _FP32 * max(self.count.embedding, 4 * squared),
-            "sophia-k": _FP32 * max(6 * self.count.embedding, 25 * squared),  # by measurement
+            "sophia-k": _FP32 * (max(6 * self.count.embedding, 25 * squared) if self.sharded else 34 * squared * alike),
         }
         if self.optimizer in products:
             return products[self.optimizer]

@@ -34,7 +34,7 @@ from sophia.optim.variants import SophiaG
 
 Source = Literal["curvature", "gradients"]
 # Elements of matrices that are turned together: three of gpt2-small's largest.
-_TOGETHER = 1 << 23
+TOGETHER = 1 << 23
 Chunks: TypeAlias = Iterable[tuple[Sequence[Tensor | None], int]]
 
 
@@ -578,7 +578,7 @@ def _alike(members: Iterable[Member]) -> Iterable[Sequence[Member]]:
     for one in members:
         kind = (one.p.shape, update.compute_dtype(one.p), one.p.device, one.rule)
         several = found.setdefault(kind, [])
-        if (len(several) + 1) * one.p.numel() > _TOGETHER and several:
+        if (len(several) + 1) * one.p.numel() > TOGETHER and several:
             yield several
             several = found[kind] = []
         several.append(one)
