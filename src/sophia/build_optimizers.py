@@ -107,10 +107,11 @@ def _sophia_h(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 
 def _sophia_k(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
-    """Sophia-K on the blocks' matrices; on embeddings and vectors what Muon leaves them, with AdamW's own betas."""
+    """Sophia-K on the blocks' matrices; on embeddings and vectors what Muon leaves them, AdamW and its betas."""
     matrices, others = _split(groups)
     own: Groups = [{**group, "hidden": True} for group in matrices]
-    own += [{**group, "hidden": False, "betas": _ADAMW_BETAS} for group in others]
+    betas = {} if settings.others == "curvature" else {"betas": _ADAMW_BETAS}
+    own += [{**group, "hidden": False, **betas} for group in others]
     chosen = {name: getattr(settings, name) for name in MATRIX_SETTINGS if getattr(settings, name) is not None}
     if settings.update_rms == 0:
         chosen["update_rms"] = None

@@ -7,10 +7,11 @@ from torch import nn
 
 from sophia import SophiaG, SophiaK
 from sophia.curvature import GaussNewtonBartlett
+from sophia.optim.matrix_update import MatrixRule, direction
 from sophia.optim.soap import SOAP
 from tests.baselines.references import newton_schulz
 from tests.regression import regression, train
-from tests.sophia_k import drawn
+from tests.sophia_k import drawn, nets
 
 PLAIN = {"orthogonalize": 0, "update_rms": None, "nesterov": False}
 AS_SOPHIA_G = {"basis": "none", "exponent": 1.0, "others": "curvature", **PLAIN}
@@ -162,3 +163,31 @@ def test_what_is_no_hidden_matrix_takes_adamws_steps(shape, hidden):
         _step(one, k, gradient)
         _step(other, adamw, gradient)
         torch.testing.assert_close(one, other, rtol=1e-12 if corrected else 1e-6, atol=1e-12 if corrected else 1e-6)
+
+
+@pytest.mark.parametrize("orthogonalize", [0, 5])
+@pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-26, 1e-40])
+def test_a_momentum_next_to_nothing_does_not_blow_up(size, orthogonalize):
+    """Of an expert, say, that nobody has used for a thousand steps."""
+    rule = MatrixRule(
+        gamma=0.2, eps=1e-12, exponent=1.0, clip=True, orthogonalize=orthogonalize, update_rms=0.2, product_dtype=None
+    )
+    x = torch.full((4, 6), size)
+    u = direction(x, torch.ones(4, 6), (None, None), rule)
+    assert u.isfinite().all()
+    assert u.square().mean().sqrt() < 0.25
+
+
+def test_a_matrix_that_no_gradient_reaches_costs_no_second_pass():
+    model = nets.build()
+    spare = nn.Parameter(torch.ones(3, 4))
+    optimizer = SophiaK([*nets.groups(model), {"params": [spare]}], curvature_interval=1)
+    calls = []
+    for step in range(3):
+        before = model.calls
+        optimizer.refresh_curvature(nets.forwards(model, nets.batch(step)[0]))
+        calls.append(model.calls - before)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert calls[0] == 2 * calls[1] == 2 * calls[2]

@@ -361,7 +361,9 @@ def test_found_inf_and_grad_scale():
             if scaled:
                 del optimizer.grad_scale, optimizer.found_inf
         runs.append([*(p.detach() for p in model.parameters()), optimizer.state_dict()["param_groups"][0]["clock"]])
-    assert_same(*runs)
+    # To rounding: torch's kernel, which would unscale the user's gradients, is for plain ones.
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_learning_rate_may_be_a_tensor():

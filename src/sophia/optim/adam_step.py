@@ -31,7 +31,6 @@ def take(
     members: Sequence[Member],
     states: Mapping[Tensor, Mapping[str, Any]],
     group: Mapping[str, Any],
-    grad_scale: Tensor | None,
 ) -> None:
     """One step of AdamW, in place, which also counts it.
 
@@ -39,7 +38,6 @@ def take(
         members: of one param group, on any devices.
         states: of the optimizer.
         group: their settings.
-        grad_scale: by which gradients are divided.
     """
     beta1, beta2 = group["betas"]
     for device in dict.fromkeys(one.p.device for one in members):
@@ -55,7 +53,6 @@ def take(
             [],
             [state["step"] for state in own],
             fused=True,
-            grad_scale=None if grad_scale is None else grad_scale.to(device),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -14,6 +14,9 @@ from sophia.optim.orthogonal import newton_schulz
 Basis = tuple[Tensor | None, Tensor | None]
 """Q_R and Q_C: eigenvectors as columns; None for a side that is not turned."""
 
+# Root mean squares below it count as zero: u is in units of the clip, and squares of less vanish in fp32.
+_LEAST = 1e-7
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixRule:
@@ -67,7 +70,7 @@ def bound(diagonal: Tensor, rule: MatrixRule) -> Tensor:
 
 
 def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
-    """U to the root mean square ``rms``; zeros stay zeros.
+    """U to the root mean square ``rms``; zeros stay zeros, and what is next to them stays small.
 
     Args:
         u: [..., rows, columns]; any shape with its mean square.
@@ -75,7 +78,7 @@ def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
         mean_square: of what u is a part of; None where it is all.
     """
     present = u.square().mean(dim=(-2, -1), keepdim=True) if mean_square is None else mean_square
-    return u * (rms / present.sqrt().clamp_min(1e-30))
+    return u * (rms / present.sqrt().clamp_min(_LEAST))
 
 
 def adam(m: Tensor, squares: Tensor, eps: float = 1e-8) -> Tensor:

@@ -6,6 +6,9 @@ from torch import Tensor
 # the slope at zero is as steep as it can be, at the price of not converging to 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
+# Below it a matrix counts as one of zeros: squares of what is much smaller would be zero in fp32.
+_LEAST = 1e-7
+
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     """About U Vᵀ of x = U S Vᵀ, by products alone: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X / ‖X‖.
@@ -17,7 +20,7 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     a, b, c = _COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
     y: Tensor = x.mT if tall else x
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
     for _ in range(steps):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y

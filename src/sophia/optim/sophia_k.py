@@ -30,6 +30,7 @@ from sophia.optim.eigenbasis import rotate
 from sophia.optim.matrix_member import Member
 from sophia.optim.matrix_update import Basis, adam, bound, direction, scaled
 from sophia.optim.replicas import Replicas
+from sophia.optim.rows import on_device
 from sophia.optim.variants import SophiaG
 
 Source = Literal["curvature", "gradients"]
@@ -52,7 +53,7 @@ class SophiaK(SophiaG):
 
     All else (embeddings, the output head, vectors) takes Adam's rule or Sophia's, see `others`. Refreshes, clock,
     attach, groups and state dicts are those of :class:`Sophia`. With the identity as basis, p = 1, no orthogonalization
-    and `update_rms=None` it is SophiaG with bias-corrected curvature.
+    and `update_rms=None`, without Nesterov and with others by "curvature", it is SophiaG with bias-corrected curvature.
 
     Args:
         params: as for :class:`Sophia`; give embeddings and the output head in a group of their own with
@@ -60,7 +61,7 @@ class SophiaK(SophiaG):
         lr: η, of the size of AdamW's: all updates have about AdamW's root mean square.
         betas: (β1, β2), of the momentum per step, and of curvature per refresh (of gradients' statistics per step).
         gamma: γ of the clip, a number.
-        eps: ε, the least denominator.
+        eps: ε, the least denominator; that of Adam's rule is 1e-8.
         weight_decay: λ, decoupled.
         curvature_interval: k, steps from one refresh, and from one basis, to the next.
         hidden: whether a group's matrices are those of hidden layers, which get a basis.
@@ -213,29 +214,23 @@ class SophiaK(SophiaG):
 
         Args:
             chunks: gives the sampled gradients of all parameters and their counts, chunk by chunk, as often as it is
-                called. Once in a run that is twice: for the first bases, and for what is measured in them.
+                called. That is twice where matrices get their first bases: for these, and for what is measured in them.
             replicas: the ranks.
         """
         first: dict[Tensor, Basis] = {}
-        starting = [one for one in self._members() if any(one.sampled_sides) and not self._refreshed(one.p)]
-        if starting:
-            sums = {one.p: kronecker.Sums(sides=one.sampled_sides) for one in starting}
-            self._add_up(sums, chunks())
-            if not self._accepted(sums, replicas):
-                return False
-            with _full_precision(self._parameters()):
-                first = {one.p: sums[one.p].eigenbasis() for one in starting if one.here and sums[one.p].reached}
-        sums = {
-            one.p: kronecker.Sums(
-                basis=first.get(one.p) or kronecker.basis(self.state.get(one.p, {})),
-                sides=one.sampled_sides,
-                diagonal=one.samples_diagonal,
-            )
-            for one in self._members()
-        }
+        starting = {one.p for one in self._members() if any(one.sampled_sides) and not self._refreshed(one.p)}
+        sums = {one.p: self._begun(one, first, factors_only=one.p in starting) for one in self._members()}
         total = self._add_up(sums, chunks())
         if not self._accepted(sums, replicas):
             return False
+        if any(sums[p].reached for p in starting):  # a matrix that no gradient ever reaches costs nothing
+            with _full_precision(self._parameters()):
+                found = [one for one in self._members() if one.p in starting and one.here and sums[one.p].reached]
+                first = {one.p: sums[one.p].eigenbasis() for one in found}
+            sums = {one.p: self._begun(one, first) for one in self._members()}
+            total = self._add_up(sums, chunks())
+            if not self._accepted(sums, replicas):
+                return False
         with _full_precision(self._parameters()):
             for one in self._members():
                 if sums[one.p].reached:
@@ -243,6 +238,14 @@ class SophiaK(SophiaG):
         self._reach.update(p for p, one in sums.items() if one.reached)
         self._clock.accept()
         return True
+
+    def _begun(self, one: Member, first: Mapping[Tensor, Basis], *, factors_only: bool = False) -> kronecker.Sums:
+        """Nothing yet of what a parameter wants, in its first basis or else the one that it has."""
+        return kronecker.Sums(
+            basis=first.get(one.p) or kronecker.basis(self.state.get(one.p, {})),
+            sides=one.sampled_sides,
+            diagonal=one.samples_diagonal and not factors_only,
+        )
 
     def _add_up(self, sums: Mapping[Tensor, kronecker.Sums], chunks: Chunks) -> int:
         """Add all chunks to the sums; returns their predictions."""
@@ -315,7 +318,7 @@ class SophiaK(SophiaG):
                 continue
             own = self.state[p] if "exp_avg" in self.state[p] else self._state(p, group)
             one = self._member(p, group)
-            if adam_step.fits(one, own):
+            if grad_scale is None and adam_step.fits(one, own):  # the kernel would unscale the user's gradients
                 whole.append(one)
                 continue
             own["step"] += 1
@@ -330,7 +333,7 @@ class SophiaK(SophiaG):
                 grad_scale=None if grad_scale is None else grad_scale.to(p.device),
             )
             moving.append(one)
-        adam_step.take(whole, self.state, group, grad_scale)
+        adam_step.take(whole, self.state, group)
         with _full_precision(group["params"]):
             self._move_others([one for one in moving if not one.hidden], grad_scale)
             hidden = [one for one in moving if one.hidden]
@@ -471,7 +474,7 @@ class SophiaK(SophiaG):
             curvature = diagonal.square().sum()
             if m.shape == diagonal.shape and rule.clip:
                 clipped = (rotate(m, *kronecker.basis(own)).abs() > bound(diagonal, rule)).sum()
-                count = m.new_tensor(m.numel())
+                count = m.new_full((), m.numel())
         return torch.stack([x.to(m.dtype) for x in (clipped, count, m.square().sum(), curvature)])
 
     # ---- groups and state
@@ -620,8 +623,10 @@ def _along(one: Member, own: Mapping[str, Any], g: Tensor) -> Tensor:
 
 def _write(one: Member, u: Tensor) -> None:
     """θ ← θ − η λ θ − η u, of this rank's part."""
-    p, group = local(one.p), one.group
-    update.write(p, p.to(u.dtype) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * u)
+    p, lr = local(one.p), one.group["lr"]
+    if isinstance(lr, Tensor):
+        lr = on_device(lr.reshape(()), p.device)
+    update.write(p, p.to(u.dtype) * (1 - lr * one.group["weight_decay"]) - lr * u)
 
 
 def _as_chunks(estimates: Sequence[Tensor | None], params: Sequence[Tensor], matrices: set[Tensor]) -> Iterator[Any]:
