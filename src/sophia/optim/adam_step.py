@@ -12,8 +12,7 @@ from torch.optim.adamw import adamw
 
 from sophia.optim.dtensor import is_dtensor
 from sophia.optim.matrix_member import Member
-
-EPS = 1e-8
+from sophia.optim.matrix_update import ADAM_EPS
 
 
 def fits(one: Member, own: Mapping[str, Any]) -> bool:
@@ -58,6 +57,6 @@ def take(
             beta2=beta2,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            eps=EPS,
+            eps=ADAM_EPS,
             maximize=group["maximize"],
         )

@@ -11,6 +11,8 @@ from torch import Tensor
 from sophia.optim.eigenbasis import rotate, rotate_back
 from sophia.optim.orthogonal import newton_schulz
 
+ADAM_EPS = 1e-8
+
 Basis = tuple[Tensor | None, Tensor | None]
 """Q_R and Q_C: eigenvectors as columns; None for a side that is not turned."""
 
@@ -81,6 +83,6 @@ def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
     return u * (rms / present.sqrt().clamp_min(_LEAST))
 
 
-def adam(m: Tensor, squares: Tensor, eps: float = 1e-8) -> Tensor:
+def adam(m: Tensor, squares: Tensor) -> Tensor:
     """Adam's update for a learning rate of −1 (Kingma and Ba 2015, arXiv 1412.6980), of bias-corrected averages."""
-    return m / (squares.sqrt() + eps)
+    return m / (squares.sqrt() + ADAM_EPS)

@@ -576,10 +576,10 @@ def _full_precision(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _alike(members: Iterable[Member]) -> Iterable[Sequence[Member]]:
-    """Hidden matrices of one shape, dtype, device and rule, together, but not so many that copies of them weigh."""
+    """Matrices of a group that are alike in shape, dtype and device, but not so many that copies of them weigh."""
     found: dict[Any, list[Member]] = {}
     for one in members:
-        kind = (one.p.shape, update.compute_dtype(one.p), one.p.device, one.rule)
+        kind = (one.p.shape, update.compute_dtype(one.p), one.p.device)
         several = found.setdefault(kind, [])
         if (len(several) + 1) * one.p.numel() > TOGETHER and several:
             yield several
