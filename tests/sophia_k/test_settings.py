@@ -91,8 +91,6 @@ def test_argument(settings, message):
 
 @pytest.mark.parametrize(("settings", "message"), OF_A_GROUP + ONLY_A_GROUP, ids=named(OF_A_GROUP + ONLY_A_GROUP))
 def test_param_group(settings, message):
-    if settings.get("fused") and torch.cuda.is_available():
-        pytest.skip("another path is checked first")
     with pytest.raises((ValueError, RuntimeError), match=message):
         SophiaK([{"params": [parameter()], **settings}])
     model = nets.build()
