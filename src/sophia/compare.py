@@ -27,6 +27,7 @@ from sophia.study.measured import Cost
 from sophia.study.plan import Plan, plan
 from sophia.study.pool import Pool
 from sophia.study.progress import Progress
+from sophia.study.reuse import reuse
 from sophia.study.runs import RunSpec
 from sophia.study.settings import Study
 from sophia.study.text import StudyText, open_text
@@ -51,6 +52,9 @@ class CompareSettings:
     """CPU threads of each run; by default one."""
     minutes: float | None = None
     """Begin no run after so many minutes, and end with what there is: a study advances in pieces."""
+    reuse: Path | None = None
+    """Take finished runs that this study wants from the --out folder of another one, of the same text, model and rules:
+    a baseline that was tuned there need not be tuned again."""
     report: bool = False
     """Begin no run at all: only write results and report of what there is, also while another process goes on."""
     json: bool = False
@@ -113,6 +117,10 @@ class _Piece:
             text = open_text(self.study, self.out, note=self.say)
             ledger = Ledger(self.out, note=self.say)
             held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=bool(ledger.runs))
+            if self.settings.reuse is not None:
+                self.say(
+                    f"{reuse(self.study, ledger, held, self.settings.reuse)} runs taken from {self.settings.reuse}"
+                )
             state = plan(self.study, ledger.runs)
             if not state.done:
                 imports(self.study)

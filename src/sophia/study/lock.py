@@ -55,10 +55,10 @@ def take(folder: Path, frozen: Mapping[str, Any], data: str, *, begun: bool) -> 
         lock = Lock(frozen=frozen, data=data)
         write(folder, lock)
         return lock
-    lock = _read(folder / FILE)
+    lock = read(folder)
     for key, (then, now) in differences(lock.frozen, frozen).items():
         raise ValueError(
-            f"{key} is {_shown(now)}, but the study in {folder} began with {_shown(then)}: put it back, or start a new "
+            f"{key} is {shown(now)}, but the study in {folder} began with {shown(then)}: put it back, or start a new "
             "study with another --out"
         )
     if lock.data != data:
@@ -115,7 +115,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], table: str = ""
     return found
 
 
-def _read(path: Path) -> Lock:
+def read(folder: Path) -> Lock:
+    """The folder's lock as it stands.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -145,7 +151,8 @@ def _git(folder: Path, *words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of the frozen part as a message tells it."""
     if value == _ABSENT:
         return _ABSENT
     return json.dumps(value) if not isinstance(value, str) else value
