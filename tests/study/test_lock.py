@@ -133,3 +133,10 @@ def test_one_process_at_a_time(tmp_path):
         assert "wait for its end" in done.stderr
     with occupied(tmp_path, "the study is being advanced"):
         pass
+
+
+def test_a_lock_from_before_searches_had_a_budget(tmp_path):
+    take(tmp_path, tiny.study(), begun=False)
+    assert "search_budget" not in json.loads((tmp_path / lock.FILE).read_text())["frozen"]["race"]
+    with pytest.raises(ValueError, match=r"race.search_budget is 0.5, but the study in .* began with nothing"):
+        take(tmp_path, with_race(search_budget=0.5))

@@ -376,3 +376,21 @@ def test_without_a_search_all_run_as_the_file_has_them():
     assert rates["adamw", 1024] == 5.66e-3  # by the root of the batch
     # Half, once, twice and four times T for adamw; half and once for sophia-g; the other batch; one ablation.
     assert len(finished) == (4 + 4 + 3 + 3) + (4 + 4) + (4 + 4) + 3
+
+
+def test_searches_at_half_the_budget():
+    """Trials, of ablations too, are half as long; what counts is not, and the same trials serve the budget T/2."""
+    study = study_of("adamw", "lion", "sophia-g", ablations=ABLATIONS, search_budget=0.5)
+    done = simulate(study, loss_of, workers=1)
+    found = plan(study, done)
+    assert found.done
+    for name in ("adamw", "lion", "sophia-g"):
+        main = cell(found, name, 40)
+        assert [trial.spec.steps for trial in main.trials] == [20] * study.race.trials
+        assert {spec.steps for spec in main.finals} == {40}
+        best = min(main.trials, key=lambda trial: trial.loss)
+        assert main.best == best.spec.settings
+    assert {t.spec.steps for one in found.ablations for t in one.trials} == {20}
+    half, tried = cell(found, "adamw", 20), {trial.spec.id for trial in cell(found, "adamw", 40).trials}
+    assert tried & {trial.spec.id for trial in half.trials}
+    assert plan(study, {}).steps_left == pytest.approx(sum(spec.steps for spec in specs(done)), rel=0.1)

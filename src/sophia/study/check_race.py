@@ -46,7 +46,7 @@ def race(asked: RaceSettings, model: ModelSettings) -> None:
     _batches(asked, model)
     _budgets(asked)
     _seeds(asked)
-    for budget in (*asked.baseline_budgets, *asked.headline_budgets):
+    for budget in (*asked.baseline_budgets, *asked.headline_budgets, asked.search_budget):
         for batch in asked.batches:
             _schedule(asked, asked.steps(budget, batch), budget, batch)
 
@@ -91,7 +91,9 @@ def _budgets(asked: RaceSettings) -> None:
                 raise ValueError(f"race.{name} holds {budget}; a budget is a finite number of T, above 0")
         if 1.0 not in budgets:
             raise ValueError(f"race.{name} is {list(budgets)} without 1.0: the budget T is where all are compared")
-    budgets = tuple(dict.fromkeys((*asked.baseline_budgets, *asked.headline_budgets)))
+    if not 0 < asked.search_budget <= 1:
+        raise ValueError(f"race.search_budget is {asked.search_budget}; it must be above 0 and at most 1, which is T")
+    budgets = tuple(dict.fromkeys((*asked.baseline_budgets, *asked.headline_budgets, asked.search_budget)))
     exact = {(budget, batch): asked.exact_steps(budget, batch) for budget in budgets for batch in asked.batches}
     multiple = math.lcm(*((steps / asked.tokens).denominator for steps in exact.values()))
     fitting = max(1, round(asked.tokens / multiple)) * multiple

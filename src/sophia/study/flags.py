@@ -66,6 +66,10 @@ def _searches(table: Standings) -> list[str]:
     rates_only = [entry.name for entry in table.study.optimizers if not entry.search]
     if rates_only:
         told.append(f"searched over the learning rate alone, other settings as given: {', '.join(rates_only)}")
+    if race.search_budget != 1.0:
+        told.append(
+            f"searched at {race.search_budget:g} of the budget: what is best for longer runs may be something else"
+        )
     if race.trials < _ENOUGH_TRIALS:
         told.append(
             f"every optimizer had {race.trials} trials: a grid of learning rates a factor of {race.factor:g} apart, "

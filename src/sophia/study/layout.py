@@ -48,7 +48,7 @@ def best_batch_slots(
 
 def _main_slot(study: Study, entry: Entry, finished: Mapping[str, FinishedRun]) -> Slot:
     race = study.race
-    place = _place(study, entry, 1.0, race.tokens_per_step, finished)
+    place = _place(study, entry, 1.0, race.tokens_per_step, finished, search_budget=race.search_budget)
 
     def allowed(wanted: Settings) -> bool:
         try:
@@ -98,7 +98,8 @@ def _retuned_slot(
 def ablation_slot(study: Study, ablation: Ablation, slots: Sequence[Slot], finished: Mapping[str, FinishedRun]) -> Slot:
     """The place of an ablation, at the best settings of its entry among ``slots``."""
     entry = study.entry(ablation.of)
-    place = _place(study, entry, 1.0, study.race.tokens_per_step, finished)
+    race = study.race
+    place = _place(study, entry, 1.0, race.tokens_per_step, finished, search_budget=race.search_budget)
     (main,) = [slot for slot in slots if slot.main and slot.place.name == entry.name]
     found: Found | None = None
     if main.best is not None:
@@ -108,7 +109,7 @@ def ablation_slot(study: Study, ablation: Ablation, slots: Sequence[Slot], finis
         else:
             found = _given(wanted)
     lost = main.searched and main.best is None
-    return Slot(place=place, seeds=study.race.seeds, found=found, expected=len(ablation.lr_factors), lost=lost)
+    return Slot(place=place, seeds=race.seeds, found=found, expected=len(ablation.lr_factors), lost=lost)
 
 
 def _given(settings: Settings) -> Found:
@@ -116,12 +117,21 @@ def _given(settings: Settings) -> Found:
     return Found(candidates=(), done=True, best=settings, edges=())
 
 
-def _place(study: Study, entry: Entry, budget: float, batch: int, finished: Mapping[str, FinishedRun]) -> Place:
+def _place(
+    study: Study,
+    entry: Entry,
+    budget: float,
+    batch: int,
+    finished: Mapping[str, FinishedRun],
+    search_budget: float | None = None,
+) -> Place:
+    """A place, whose searches are as long as its runs unless told."""
     race = study.race
     return Place(
         name=entry.name,
         kind=entry.kind,
         steps=race.steps(budget, batch),
+        trial_steps=race.steps(search_budget or budget, batch),
         tokens_per_step=batch,
         search_seed=race.search_seed,
         finished=finished,

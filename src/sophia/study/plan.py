@@ -105,7 +105,7 @@ def plan(study: Study, finished: Mapping[str, FinishedRun]) -> Plan:
             urgent += slot.wanted(search=(9,), finals=(10,), rank=rank)
     # Entry and ablation, or two ablations, may want the same run.
     wanted = {spec.id: spec for _, spec in sorted(urgent, key=lambda one: one[0])}
-    left = [(slot.runs_left * slot.place.steps, slot.place) for slot in (*first, *extra, *others, *ablations)]
+    left = [(slot.steps_left, slot.place) for slot in (*first, *extra, *others, *ablations)]
     return Plan(
         cells=_cells(slots),
         ablations=found,

@@ -118,10 +118,13 @@ def frozen(study: Study) -> dict[str, Any]:
     study and the folder of the data, whose fingerprint says whether it is the same.
     """
     baseline = study.entry(study.race.baseline)
+    race = {name: list(v) if isinstance(v, tuple) else v for name, v in to_mapping(study.race).items()}
+    if study.race.search_budget == 1.0:  # locks from before there was a choice
+        del race["search_budget"]
     machine = to_mapping(study.machine)
     return {
         "model": to_mapping(study.model),
-        "race": {name: list(v) if isinstance(v, tuple) else v for name, v in to_mapping(study.race).items()},
+        "race": race,
         "machine": {name: machine[name] for name in ("precision", "compile")},
         "baseline": {
             "name": baseline.name,

@@ -112,6 +112,7 @@ def _study(study: Study, context: StudyContext) -> dict[str, Any]:
         "seeds": list(race.seeds),
         "headline_seeds": list(race.paired_seeds),
         "search_seed": race.search_seed,
+        "search_budget": race.search_budget,
         "trials": race.trials,
         "retrials": race.retrials,
         "factor": race.factor,

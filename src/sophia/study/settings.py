@@ -48,8 +48,10 @@ class RaceSettings:
     """Seeds of the headline entry and the baseline at budgets up to T; empty: as `seeds`, which must be among them."""
     search_seed: int = 0
     """Seed of the search; not among the final ones, so that no optimizer is judged by the luck it was chosen for."""
+    search_budget: float = 1.0
+    """Budget of the searches, in units of T: 0.5 halves what they cost, and the settings found so are those of T."""
     trials: int = 8
-    """Runs of each optimizer's search at budget T, the same number for all; 0: none, all run as the file has them, and
+    """Runs of each optimizer's search, the same number for all; 0: none, all run as the file has them, and
     the report calls them untuned."""
     retrials: int = 3
     """Learning rates tried at every other budget and batch, around the best at T; more where the best is on the

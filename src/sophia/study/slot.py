@@ -31,7 +31,9 @@ class Place:
     kind: str
     """What the name stands for: `RunSpec.kind`."""
     steps: int
-    """Updates of each run."""
+    """Updates of each run that counts."""
+    trial_steps: int
+    """Updates of each trial."""
     tokens_per_step: int
     """Predictions in an update."""
     search_seed: int
@@ -40,19 +42,22 @@ class Place:
     """All finished runs of the study, by `RunSpec.id`."""
 
     def spec(self, settings: Settings, seed: int) -> RunSpec:
-        """A run there."""
+        """A run there that counts."""
+        return self._run(settings, seed, self.steps)
+
+    def trial(self, settings: Settings) -> RunSpec:
+        """A run of the search there."""
+        return self._run(settings, self.search_seed, self.trial_steps)
+
+    def _run(self, settings: Settings, seed: int, steps: int) -> RunSpec:
         return RunSpec(
             optimizer=self.name,
             settings=settings,
             tokens_per_step=self.tokens_per_step,
-            steps=self.steps,
+            steps=steps,
             seed=seed,
             kind=self.kind,
         )
-
-    def trial(self, settings: Settings) -> RunSpec:
-        """A run of the search there."""
-        return self.spec(settings, self.search_seed)
 
     def loss(self, settings: Settings) -> float | None:
         """Of the trial with these settings: infinite where it diverged, None where it has not run."""
@@ -104,12 +109,13 @@ class Slot:
         return () if self.best is None else tuple(self.place.spec(self.best, seed) for seed in self.seeds)
 
     @property
-    def runs_left(self) -> int:
-        """Runs until this place is done, those that are not known yet estimated."""
+    def steps_left(self) -> int:
+        """Updates until this place is done, those of runs that are not known yet estimated."""
         if self.searched:
-            return sum(spec.id not in self.place.finished for spec in self.finals)
+            return self.place.steps * sum(spec.id not in self.place.finished for spec in self.finals)
         done = sum(trial.finished for trial in self.trials)
-        return max(self.expected - done, len(self.trials) - done) + len(self.seeds)
+        trials = max(self.expected, len(self.trials)) - done
+        return self.place.trial_steps * trials + self.place.steps * len(self.seeds)
 
     def wanted(
         self, *, search: tuple[int, ...], finals: tuple[int, ...], rank: int = 0
