@@ -10,8 +10,9 @@ from sophia import SophiaG, SophiaH, SophiaK
 from sophia.config import OptimizerSettings
 from sophia.curvature import GaussNewtonBartlett, Hutchinson
 from sophia.foreign import build_foreign
-from sophia.meaning import MATRIX_SETTINGS
+from sophia.meaning import MATRIX_SETTINGS, estimates_curvature
 from sophia.optim.lion import Lion
+from sophia.optim.matrix_groups import ADAM_BETAS
 from sophia.optim.soap import LARGEST, SOAP
 from sophia.parameter_groups import NamedParameters, parameter_groups
 
@@ -20,8 +21,8 @@ Parts = list[torch.optim.Optimizer]
 
 # torch's NAdam has μ_t = β1 (1 − ½ 0.96^(t ψ)): with this ψ it is β1 in all steps.
 _HELD = 1e6
-# Of AdamW beside Sophia-K, whose settings' betas are those of matrices.
-_ADAMW_BETAS = (0.9, 0.95)
+_FUSED = "queries_keys_values.weight"
+_PRODUCTS: Mapping[str, Any] = {"auto": "auto", "fp32": None, "bf16": torch.bfloat16}
 
 
 def build(settings: OptimizerSettings, named: NamedParameters, seed: int) -> Parts:
@@ -107,16 +108,34 @@ def _sophia_h(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
 
 
 def _sophia_k(settings: OptimizerSettings, groups: Groups, seed: int) -> Parts:
-    """Sophia-K on the blocks' matrices; on embeddings and vectors what Muon leaves them, AdamW and its betas."""
+    """Sophia-K on the blocks' matrices; on embeddings and vectors Adam's rule with betas of its own."""
     matrices, others = _split(groups)
     own: Groups = [{**group, "hidden": True} for group in matrices]
-    betas = {} if settings.others == "curvature" else {"betas": _ADAMW_BETAS}
+    entrywise = settings.basis == "none" and settings.orthogonalize == 0
+    if settings.split_qkv and not (entrywise and settings.update_rms == 0):
+        own = [one for group in own for one in _with_split(group)]
+    betas = {} if settings.others == "curvature" else {"betas": ADAM_BETAS}
     own += [{**group, "hidden": False, **betas} for group in others]
-    chosen = {name: getattr(settings, name) for name in MATRIX_SETTINGS if getattr(settings, name) is not None}
+    names = [name for name in MATRIX_SETTINGS if name not in ("split_qkv", "product_dtype")]
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if settings.product_dtype is not None and not (entrywise and settings.product_dtype == "auto"):
+        chosen["product_dtype"] = _PRODUCTS[settings.product_dtype]
     if settings.update_rms == 0:
         chosen["update_rms"] = None
-    estimator = GaussNewtonBartlett(noise=settings.curvature_noise or "signs")
+    estimator = None  # none, where it would have no effect
+    if estimates_curvature("sophia-k", vars(settings)):
+        estimator = GaussNewtonBartlett(noise=settings.curvature_noise or "signs")
     return [SophiaK(own, **_sophia(settings, seed), **chosen, estimator=estimator)]
+
+
+def _with_split(group: dict[str, Any]) -> Groups:
+    """A group of matrices, and apart from it those of queries, keys and values, which are three."""
+    fused = [(name, p) for name, p in group["params"] if name.endswith(_FUSED)]
+    rest = [(name, p) for name, p in group["params"] if not name.endswith(_FUSED)]
+    return [
+        *([{**group, "params": rest}] if rest else []),
+        *([{**group, "params": fused, "split": 3}] if fused else []),
+    ]
 
 
 def _diagonal(settings: OptimizerSettings) -> dict[str, Any]:

@@ -123,19 +123,27 @@ class OptimizerSettings:
     """Sophia-K: what a matrix's update is divided by in the basis, sampled curvature or an average of squared
     gradients; open: curvature."""
     exponent: float | None = None
-    """Sophia-K: of that divisor; open: 1, as Newton's; 0.5 is Adam's."""
+    """Sophia-K: of that divisor; open: 0.5, as Adam's; 1 is Newton's, 0 none."""
     clip: bool | None = None
     """Sophia-K: clip coordinates in the basis; open: yes."""
     orthogonalize: int | None = None
     """Sophia-K: Newton-Schulz steps on a matrix's update, as Muon's; 0 for none. Open: 5."""
     update_rms: float | None = None
-    """Sophia-K: root mean square of a matrix's update before the learning rate, 0 for whatever it is; open: 0.2, about
-    AdamW's."""
+    """Sophia-K: root mean square of a matrix's update before the learning rate, 0 for whatever it is; open: 0.1,
+    half of AdamW's or less."""
     nesterov: bool | None = None
     """Sophia-K: a step ahead with the momentum, for matrices inside blocks; open: yes."""
     others: Literal["gradients", "curvature"] | None = None
     """Sophia-K: what moves all other parameters, AdamW's rule (gradients) or Sophia-G's (curvature); open:
     gradients."""
+    nu: float | None = None
+    """Sophia-K: share of the momentum, beside this step's gradient, in AdamW's rule for all other parameters; 1 is
+    AdamW's own. Open: 0.5."""
+    split_qkv: bool | None = None
+    """Sophia-K: turn and orthogonalize queries, keys and values, which are one weight, as three matrices; open: yes."""
+    product_dtype: Literal["auto", "fp32", "bf16"] | None = None
+    """Sophia-K: dtype of a step's products of matrices; bf16 is a multiple faster where the hardware has it, and auto
+    takes it there (CUDA from Ampere on, CPUs with AMX). Open: auto."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is none."""

@@ -22,10 +22,13 @@ MATRIX_SETTINGS: Mapping[str, Any] = MappingProxyType(
             "update_rms",
             "nesterov",
             "others",
+            "nu",
         )
     }
+    | {"split_qkv": True, "product_dtype": "auto"}
 )
-"""What only Sophia-K has, under the names of :class:`SophiaK`'s arguments, with what they are if nothing is said."""
+"""What only Sophia-K has, with what it is if nothing is said: under the names of :class:`SophiaK`'s arguments; but
+`split_qkv` is its `split` for one kind of matrix, and `product_dtype` has names as those of the other dtypes here."""
 _DIAGONAL = ("sophia-g", "sophia-h")
 _SOPHIA = (*_DIAGONAL, "sophia-k")
 # Settings that not all optimizers have. Of those that have one the first is named in errors.
@@ -45,6 +48,8 @@ _ONLY: Mapping[str, tuple[str, ...]] = {
     "state_dtype": _SOPHIA,
     **dict.fromkeys(MATRIX_SETTINGS, ("sophia-k",)),
 }
+# What an estimate of curvature is made of.
+ESTIMATE = ("curvature_rows", "curvature_chunks", "curvature_noise")
 # What config.toml of earlier versions holds for every optimizer.
 _WRITTEN_FOR_ALL: Mapping[str, str] = {"curvature_noise": "labels"}
 
@@ -63,6 +68,13 @@ def check_meaning(chosen: OptimizerSettings) -> None:
         raise ValueError(
             "gamma is auto, which follows coordinates in one basis, and sophia-k has one for each matrix: give a number"
         )
+    if chosen.optimizer == "sophia-k" and not estimates_curvature("sophia-k", vars(chosen)):
+        for name in ESTIMATE:
+            if getattr(chosen, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(chosen, name)}, but this sophia-k is made of gradients alone and estimates no "
+                    "curvature: leave it out, or choose diagonal curvature"
+                )
     for one in dataclasses.fields(chosen):
         value = getattr(chosen, one.name)
         if value != one.default and value != _WRITTEN_FOR_ALL.get(one.name):

@@ -13,7 +13,7 @@ from sophia.config import OptimizerSettings, TrainSettings, check_positive
 from sophia.data.shards import Dataset
 from sophia.distributed import World
 from sophia.import_hf import import_gpt2
-from sophia.meaning import MATRIX_SETTINGS, check_meaning
+from sophia.meaning import ESTIMATE, MATRIX_SETTINGS, check_meaning, estimates_curvature
 from sophia.model import GPTConfig, padded_vocabulary
 from sophia.optim import SophiaG, SophiaH, SophiaK
 from sophia.optim.checks import CLIP_TARGET
@@ -52,7 +52,8 @@ _RANGES: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "clip_target": (lambda x: 0 < x < 1, "above 0 and below 1"),
         "eps": (lambda x: _LEAST_EPS <= x < math.inf, f"finite and at least {_LEAST_EPS:.2e}, or fp32 has 0 / 0"),
         "curvature_interval": (lambda x: x >= 1, "at least 1"),
-        "exponent": (lambda x: 0 < x < math.inf, "finite and above 0"),
+        "exponent": (lambda x: 0 <= x < math.inf, "finite and at least 0"),
+        "nu": (lambda x: 0 <= x <= 1, "between 0 and 1"),
         "orthogonalize": (lambda x: x >= 0, "at least 1, or 0 for none"),
         "update_rms": (lambda x: 0 <= x < math.inf, "finite and above 0, or 0 for whatever it is"),
     },
@@ -176,8 +177,12 @@ def _with_optimizer(settings: TrainSettings, base: Preset) -> TrainSettings:
     check_meaning(chosen)
     if chosen.optimizer in _OPEN:
         check_positive(chosen, "curvature_rows", "curvature_chunks")
-        chosen = _filled(chosen, _OPEN[chosen.optimizer])
-        chosen = _with_target(replace(chosen, **_curvature(rows_per_step(settings), chosen)))
+        estimates = estimates_curvature(chosen.optimizer, vars(chosen))
+        left_open = _OPEN[chosen.optimizer].items()
+        chosen = _filled(chosen, {name: value for name, value in left_open if estimates or name not in ESTIMATE})
+        if estimates:
+            chosen = replace(chosen, **_curvature(rows_per_step(settings), chosen))
+        chosen = _with_target(chosen)
     return replace(settings, optimizer=chosen)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sophia.optim import Sophia
-from sophia.optim.attach import shifts_labels
+from sophia.optim.labels import shifts_labels
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -207,7 +207,7 @@ def _candidates(pl_module: nn.Module, optimizer: Sophia, name: str | None) -> di
             "the optimizer trains parameters that the LightningModule does not hold: name the module whose output is "
             'the logits, SophiaCallback(model="…")'
         )
-    # Whether labels are one ahead of the logits is read from the class of the module attached. A causal model says so,
-    # and the LightningModule around it does not.
+    # How labels belong to predictions is read from the loss of the module attached, or from its class. A causal model
+    # has both, and the LightningModule around it may have neither.
     shifting = {path: module for path, module in found.items() if shifts_labels(module)}
     return dict([next(iter(shifting.items()))]) if shifting else found

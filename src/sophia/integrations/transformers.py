@@ -14,20 +14,18 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sophia.optim import Sophia
-from sophia.optim.attach import IGNORED_LABEL
-from sophia.optim.attach import shifts_labels as _class_shifts_labels
 from sophia.optim.curvature import Hutchinson
+from sophia.optim.labels import CountedPredictions
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 except ImportError as problem:
     raise ImportError("sophia.integrations.transformers needs transformers: pip install 'sophia-lm[hf]'") from problem
 
@@ -49,8 +47,8 @@ class SophiaCallback(TrainerCallback):
 
     For `optimizer_cls_and_kwargs=(SophiaG, {…})` and for `optimizers=(SophiaG(…), …)`. It is `optimizer.attach(model)`
     at the beginning of training and `optimizer.detach()` at its end; the training loop is that of AdamW. Predictions
-    count where their label is not −100, for causal models where the next one is not. The Trainer's logs get
-    `clip_fraction`, this rank's.
+    count where the model's loss depends on them: their label, for most causal models the next one, is not −100. The
+    Trainer's logs get `clip_fraction`, this rank's.
 
     Args:
         logits: from the model's output to its logits (SophiaG) or mean loss (SophiaH); None takes `logits` or `loss`.
@@ -146,8 +144,8 @@ class _Reading:
         self._likelihood = getattr(optimizer._estimator, "likelihood", "categorical")
         self._name = type(optimizer).__name__
         self._model, self._logits, self._mask = model, logits, mask
-        self._shifted = _shifts_labels(model)
-        self._shape = torch.Size()
+        self._counted = CountedPredictions(model)
+        self._last: tuple[Any, Tensor] | None = None
 
     def loss(self, output: Any) -> Any:
         """The scalar mean loss, for Hutchinson."""
@@ -161,7 +159,7 @@ class _Reading:
         )
 
     def logits(self, output: Any) -> Any:
-        """The logits; remembers their shape for the mask, which is asked for next."""
+        """The logits; remembers them for the mask, which is asked for next."""
         logits = self._logits(output) if self._logits is not None else _item(output, "logits")
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -176,40 +174,34 @@ class _Reading:
                 f"the estimator's is {self._likelihood}: pass {self._name}(..., "
                 f'estimator=sophia.curvature.GaussNewtonBartlett(likelihood="{wanted}"))'
             )
-        self._shape = logits.shape
+        self._last = output, logits
         return logits
 
     def mask(self, *args: Any, **inputs: Any) -> Tensor:
         """Bool mask of shape logits.shape[:-1] of the predictions that count."""
+        assert self._last is not None
+        (output, logits), self._last = self._last, None
+        shape = logits.shape[:-1]
         if self._mask is not None:
             given = self._mask(*args, **inputs)
             if getattr(given, "dtype", None) != torch.bool:
                 raise ValueError(
                     f"SophiaCallback(mask=...) gave a {getattr(given, 'dtype', type(given).__name__)}: it must be a "
-                    f"bool tensor of shape {tuple(self._shape[:-1])}"
+                    f"bool tensor of shape {tuple(shape)}"
                 )
             return given
-        labels, shifted = inputs.get("shift_labels"), False
-        if labels is None:
-            labels, shifted = inputs.get("labels"), self._shifted
         remedy = "pass SophiaCallback(mask=...), a function of the model's inputs to a bool mask of that shape"
+        labels = inputs.get("labels") if inputs.get("shift_labels") is None else inputs["shift_labels"]
+        counts = self._counted.mask(labels, logits, output, remedy=remedy)
+        if counts is not None:
+            return counts
         if not isinstance(labels, Tensor):
             raise ValueError(
                 f"{_name(self._model)} was called without labels (with label_smoothing_factor or compute_loss_func "
-                f"the Trainer keeps them), so which of its predictions of shape {tuple(self._shape[:-1])} count is not "
-                f"known: {remedy}"
+                f"the Trainer keeps them), so which of its predictions of shape {tuple(shape)} count is not known: "
+                f"{remedy}"
             )
-        if labels.is_floating_point():
-            return torch.ones(self._shape[:-1], dtype=torch.bool, device=labels.device)
-        counts = labels != IGNORED_LABEL
-        if shifted:  # the prediction at t is scored against label t + 1, and the last one against nothing
-            counts = torch.cat((counts[..., 1:], torch.zeros_like(counts[..., :1])), dim=-1)
-        if counts.numel() != self._shape[:-1].numel():
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} do not say which of the predictions of shape "
-                f"{tuple(self._shape[:-1])} of {_name(self._model)} count: {remedy}"
-            )
-        return counts.reshape(self._shape[:-1])
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
 
 
 def _sophia(optimizer: Any) -> Sophia:
@@ -287,18 +279,6 @@ def _compare_settings(args: TrainingArguments, optimizer: Sophia, *, built_by_us
             f'{_listed(lrs)}: pass optimizer_cls_and_kwargs=({name}, {{"lr": {wanted:g}, ...}})',
             stacklevel=2,
         )
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model compares position t with label t + 1."""
-    inner = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "get_base_model"):  # peft's wrapper
-        inner = cast("Callable[[], nn.Module]", inner.get_base_model)()
-    loss = LOSS_MAPPING.get(str(getattr(inner, "loss_type", None)))
-    if loss is None:  # of GPT-2, and of what is not from transformers
-        return _class_shifts_labels(inner)
-    # Encoder-decoder models get labels where they stand, whatever their loss is called.
-    return loss is ForCausalLMLoss and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
 
 
 def _item(output: Any, name: str, position: int | None = None) -> Any:

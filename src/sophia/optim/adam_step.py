@@ -16,9 +16,16 @@ from sophia.optim.matrix_update import ADAM_EPS
 
 
 def fits(one: Member, own: Mapping[str, Any]) -> bool:
-    """Whether torch's kernel takes this parameter: whole, one dtype throughout, and averages that began together."""
+    """Whether torch's kernel takes this parameter: Adam's own, whole, one dtype, and averages that began together."""
     p, grad = one.p, one.p.grad
-    if one.hidden or one.samples_diagonal or grad is None or is_dtensor(p) or "exp_avg_sq" not in own:
+    if (
+        one.hidden
+        or one.group["nu"] != 1
+        or one.samples_diagonal
+        or grad is None
+        or is_dtensor(p)
+        or "exp_avg_sq" not in own
+    ):
         return False
     tensors = (p, grad, own["exp_avg"], own["exp_avg_sq"])
     alike = all(t.dtype is p.dtype and t.is_contiguous() and t.numel() > 0 for t in tensors)

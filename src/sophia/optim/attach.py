@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sophia.optim.dtensor import is_dtensor
 from sophia.optim.gradients import set_aside
 from sophia.optim.inputs import Arguments, batch_size, sliced, widened
+from sophia.optim.labels import CountedPredictions, unwrapped
 
-IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
+_REMEDY = "pass attach(model, mask=...), a function of the model's inputs"
 
 
 class Attachment:
@@ -44,6 +45,7 @@ class Attachment:
         self._logits = logits
         self._mask = mask
         self._max_batch = max_batch
+        self._counted = CountedPredictions(model)
         self._arguments: Arguments | None = None
         self._rows = 0
         self.autocast: list[tuple[str, torch.dtype, bool]] = []
@@ -118,28 +120,19 @@ class Attachment:
         elif self._mask is not None:
             mask = self._mask(*args, **kwargs)
         elif mask is None:
-            mask = self._label_mask(args, kwargs, logits)
+            mask = self._counted.mask(self._labels(args, kwargs), logits, output, remedy=_REMEDY)
         return logits if mask is None else (logits, mask)
 
-    def _label_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> Tensor | None:
-        """From `labels` among the inputs: a prediction counts where its label is not −100."""
-        inner = _inner(self.model)
+    def _labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's argument `labels`, by name or place; `shift_labels` go before: they are moved along already."""
+        for name in ("shift_labels", "labels"):
+            if kwargs.get(name) is not None:
+                return kwargs[name]
         try:
-            labels = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments.get("labels")
+            given = inspect.signature(unwrapped(self.model).forward).bind_partial(*args, **kwargs).arguments
         except TypeError:
-            labels = None
-        labels = kwargs.get("labels", labels)
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
-        if labels.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} do not say which of the predictions of shape "
-                f"{tuple(logits.shape[:-1])} count: pass attach(model, mask=...), a function of the model's inputs"
-            )
-        counts = labels != IGNORED_LABEL
-        if shifts_labels(inner):
-            counts = torch.cat((counts[:, 1:], torch.zeros_like(counts[:, :1])), dim=1)
-        return counts
+        return given.get("labels")
 
 
 class _Tap:
@@ -225,16 +218,3 @@ def _described(value: Any) -> str:
 def _uncompiled(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module that the user wrote, inside torch.compile's and DDP's wrappers."""
-    model = _uncompiled(model)
-    if isinstance(model, DistributedDataParallel):
-        model = _uncompiled(model.module)
-    return model
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the model compares position t with label t + 1: the convention of transformers' causal models."""
-    return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)

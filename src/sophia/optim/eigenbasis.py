@@ -7,16 +7,34 @@ Q_Rᵀ G Q_C, whose entries are less correlated. A side without basis (None) is 
 Everything here is a function of plain tensors and knows no optimizer.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
+DecompositionError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 
 def fold_outer(rows: Tensor | None, columns: Tensor | None, gradient: Tensor, weight: float) -> None:
-    """Move the statistics to those of this gradient by ``weight``, in place: S ← (1 − w) S + w GGᵀ."""
-    if rows is not None:
-        rows.addmm_(gradient, gradient.T, beta=1 - weight, alpha=weight)
-    if columns is not None:
-        columns.addmm_(gradient.T, gradient, beta=1 - weight, alpha=weight)
+    """Move the statistics to those of this gradient by ``weight``, in place: S ← (1 − w) S + w GGᵀ.
+
+    Args:
+        rows, columns: statistics of the two sides, [..., side, side]; [side, side] where several matrices share them.
+        gradient: [..., rows, columns].
+        weight: w.
+    """
+    for statistics, g in ((rows, gradient), (columns, gradient.mT)):
+        if statistics is not None and g.ndim == 2:
+            statistics.addmm_(g, g.T, beta=1 - weight, alpha=weight)
+        elif statistics is not None:
+            statistics.lerp_(outer(g, one_for_all=statistics.ndim == 2), weight)
+
+
+def outer(gradient: Tensor, *, one_for_all: bool) -> Tensor:
+    """GGᵀ, [..., rows, rows], or of several matrices one sum."""
+    found: Tensor = gradient @ gradient.mT
+    return found.sum(0) if one_for_all else found
 
 
 def rotate(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -32,9 +50,16 @@ def rotate_back(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tenso
 
 
 def eigenvectors(statistics: Tensor) -> Tensor:
-    """All eigenvectors of a symmetric matrix as columns, that of the largest eigenvalue first."""
-    vectors: Tensor = torch.linalg.eigh(statistics)[1]
-    return vectors.flip(1)
+    """All eigenvectors of a symmetric matrix as columns, that of the largest eigenvalue first.
+
+    Raises:
+        torch.linalg.LinAlgError: they were not found, not in fp64 either.
+    """
+    try:
+        vectors: Tensor = torch.linalg.eigh(statistics)[1]
+    except DecompositionError:  # LAPACK and cuSOLVER give up on some matrices whose rows are nearly alike
+        vectors = torch.linalg.eigh(statistics.double())[1].to(statistics.dtype)
+    return vectors.flip(-1)
 
 
 def power_iteration(statistics: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +72,8 @@ def power_iteration(statistics: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         The new basis, and which column of the last one each of its columns comes from.
     """
     moved = statistics @ basis
-    order = torch.argsort((basis * moved).sum(dim=0), descending=True, stable=True)
-    turned, _ = torch.linalg.qr(moved.index_select(1, order))
+    order = torch.argsort((basis * moved).sum(dim=-2), descending=True, stable=True)
+    turned, _ = torch.linalg.qr(torch.take_along_dim(moved, order.unsqueeze(-2), dim=-1))
     return turned, order
 
 
@@ -63,3 +88,12 @@ def carried(diagonal: Tensor, rows: Tensor | None, columns: Tensor | None) -> Te
     """
     seen = diagonal if rows is None else rows.square().mT @ diagonal
     return seen if columns is None else seen @ columns.square()
+
+
+@contextlib.contextmanager
+def full_precision(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Autocast off: its products would be those of low precision."""
+    with contextlib.ExitStack() as stack:
+        for device_type in {one.device.type for one in tensors}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield

@@ -6,7 +6,8 @@ Grosse 2015, arXiv 1503.05671, take them from activations instead), and in the b
 1/N Σ_c (Q_Rᵀ S_c Q_C)² (George et al. 2018, arXiv 1806.03884).
 
 In a parameter's state: `row_statistics` [rows, rows] and `row_basis`, `column_statistics` [columns, columns] and
-`column_basis`, for the sides that are turned.
+`column_basis`, for the sides that are turned. A weight that is several matrices beside each other (`parts`) has those
+of their own side for each, [matrices, rows, rows], and those of the other side, their common inputs, once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sophia.optim.eigenbasis import carried, eigenvectors, fold_outer, power_iteration, rotate
+from sophia.optim.eigenbasis import carried, eigenvectors, fold_outer, outer, power_iteration, rotate
 from sophia.optim.matrix_update import Basis
 
 Sides = Literal["both", "smaller", "none"]
@@ -24,20 +25,39 @@ SIDES: tuple[str, ...] = ("both", "smaller", "none")
 NO_BASIS: Basis = (None, None)
 
 
-def turned(shape: Sequence[int], sides: str, largest: int) -> tuple[bool, bool]:
+def turned(shape: Sequence[int], sides: str, largest: int, tie: int = 0) -> tuple[bool, bool]:
     """Which of a matrix's two sides, rows and columns, have a basis.
 
     Args:
-        shape: of the matrix.
-        sides: "both", "smaller" (rows, where they are equal) or "none".
+        shape: of the matrix, or of each of several.
+        sides: "both", "smaller" or "none".
         largest: size of a side beyond which it is left alone.
+        tie: which one counts as the smaller where they are equal, 0 for rows.
     """
-    rows, columns = shape
+    rows, columns = shape[-2:]
     if sides == "none":
         return False, False
     if sides == "smaller":
-        return rows <= columns and rows <= largest, columns < rows and columns <= largest
+        smaller = tie if rows == columns else int(columns < rows)
+        return smaller == 0 and rows <= largest, smaller == 1 and columns <= largest
     return rows <= largest, columns <= largest
+
+
+def parts(x: Tensor, count: int, dim: int) -> Tensor:
+    """A weight as the matrices that lie in it beside each other, a view: [count, rows, columns].
+
+    Args:
+        x: [rows, columns].
+        count: of the matrices.
+        dim: along which they lie, 0 or 1.
+    """
+    cut: Tensor = x.unflatten(dim, (count, x.shape[dim] // count))  # type: ignore[no-untyped-call]
+    return cut if dim == 0 else cut.movedim(1, 0)
+
+
+def whole(several: Tensor, dim: int) -> Tensor:
+    """The way back from :func:`parts`."""
+    return several.flatten(0, 1) if dim == 0 else several.movedim(0, 1).flatten(1, 2)
 
 
 def basis(state: Mapping[str, Any]) -> Basis:
@@ -55,7 +75,7 @@ def turn(state: dict[str, Any], diagonal: Tensor | None, bases: Basis | None = N
 
     Args:
         state: of the matrix; its bases are replaced.
-        diagonal: [rows, columns], changed in place.
+        diagonal: [rows, columns], or of its parts, changed in place.
         bases: the new ones; None follows the eigenvectors of the statistics by one step of orthogonal iteration.
     """
     overlaps: list[Tensor | None] = []
@@ -66,7 +86,7 @@ def turn(state: dict[str, Any], diagonal: Tensor | None, bases: Basis | None = N
             new = power_iteration(state[f"{side}_statistics"], old)[0]
         if new is not None:
             state[f"{side}_basis"] = new
-        overlaps.append(None if old is None or new is None else old.T @ new)
+        overlaps.append(None if old is None or new is None else old.mT @ new)
     if diagonal is not None:
         diagonal.copy_(carried(diagonal.to(_dtype(overlaps, diagonal)), *overlaps))
 
@@ -90,6 +110,8 @@ class Sums:
     """The bases in which squares are taken."""
     sides: tuple[bool, bool] = (False, False)
     """Of which sides, rows and columns, outer products are wanted."""
+    shared: tuple[bool, bool] = (False, False)
+    """Of which of them there is one for all parts of the weight."""
     diagonal: bool = False
     """Whether squares are wanted."""
     outer: dict[str, Tensor] = field(default_factory=dict)
@@ -105,17 +127,24 @@ class Sums:
         return self.diagonal or any(self.sides)
 
     def add(self, gradient: Tensor) -> None:
-        """One chunk's gradient S_c."""
+        """One chunk's gradient S_c, [rows, columns], or of its parts."""
         self.reached = True
         gradient = gradient.to(_dtype(self.basis, gradient))
-        for side, wanted in zip(("row", "column"), self.sides, strict=True):
+        for side, wanted, shared in zip(("row", "column"), self.sides, self.shared, strict=True):
             if wanted:
-                matrix = gradient if side == "row" else gradient.T
-                known = self.outer.get(side)
-                self.outer[side] = matrix @ matrix.T if known is None else known.addmm_(matrix, matrix.T)
+                matrix = gradient if side == "row" else gradient.mT
+                self._add_outer(side, matrix, one_for_all=shared)
         if self.diagonal:
             seen = rotate(gradient, *self.basis)
             self.squares = seen * seen if self.squares is None else self.squares.addcmul_(seen, seen)
+
+    def _add_outer(self, side: str, matrix: Tensor, *, one_for_all: bool) -> None:
+        known = self.outer.get(side)
+        if known is not None and matrix.ndim == 2:
+            known.addmm_(matrix, matrix.T)
+            return
+        found = outer(matrix, one_for_all=one_for_all)
+        self.outer[side] = found if known is None else known.add_(found)
 
     def fold_factors(self, state: Mapping[str, Any], *, weight: float, scale: float) -> None:
         """Move a parameter's statistics towards these, in place: S ← (1 − w) S + w · scale · Σ."""

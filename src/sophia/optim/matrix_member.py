@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sophia.optim import kronecker
+from sophia.optim import kronecker, update
 from sophia.optim.dtensor import is_dtensor, local
+from sophia.optim.matrix_dtype import product_dtype
 from sophia.optim.matrix_owners import Place
 from sophia.optim.matrix_update import MatrixRule
 
@@ -35,7 +36,39 @@ class Member(NamedTuple):
         """Whether rows and columns have a basis."""
         if not self.hidden:
             return False, False
-        return kronecker.turned(self.p.shape, self.group["basis"], self.group["max_basis_dim"])
+        tie = 1 - self.split_dim if self.split > 1 else 0  # a side that its matrices share costs one basis, not several
+        return kronecker.turned(self._part_shape, self.group["basis"], self.group["max_basis_dim"], tie)
+
+    @property
+    def split(self) -> int:
+        """Of how many matrices it is put together."""
+        return int(self.group["split"]) if self.hidden else 1
+
+    @property
+    def split_dim(self) -> int:
+        """Along which they lie beside each other: its longer side."""
+        return 0 if self.p.shape[0] >= self.p.shape[-1] else 1
+
+    @property
+    def _part_shape(self) -> tuple[int, ...]:
+        """Of each of its matrices."""
+        return tuple(
+            size // self.split if self.split > 1 and dim == self.split_dim else size
+            for dim, size in enumerate(self.p.shape)
+        )
+
+    @property
+    def shared(self) -> tuple[bool, bool]:
+        """Whether all its matrices have one basis of rows, of columns."""
+        return self.split > 1 and self.split_dim == 1, self.split > 1 and self.split_dim == 0
+
+    def parts(self, x: Tensor) -> Tensor:
+        """What is of its shape, as its matrices: [matrices, rows, columns], or x itself where it is one."""
+        return kronecker.parts(x, self.split, self.split_dim) if self.split > 1 else x
+
+    def whole(self, several: Tensor) -> Tensor:
+        """The way back from `parts`."""
+        return kronecker.whole(several, self.split_dim) if self.split > 1 else several
 
     @property
     def sampled_sides(self) -> tuple[bool, bool]:
@@ -60,10 +93,10 @@ class Member(NamedTuple):
     @property
     def rule(self) -> MatrixRule:
         """Of its step; where it is no hidden matrix, Sophia's, to a length."""
-        names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "product_dtype")
+        names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "rtol", "product_dtype")
         settings = {name: self.group[name] for name in names}
-        if settings["product_dtype"] is not None:
-            settings["product_dtype"] = getattr(torch, settings["product_dtype"])
+        exact = update.compute_dtype(self.p)
+        settings["product_dtype"] = product_dtype(settings["product_dtype"], self.p.device, exact)
         if not self.hidden:
             settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0, "product_dtype": None}
         return MatrixRule(**settings)
@@ -76,9 +109,11 @@ class Member(NamedTuple):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors in its state, on all ranks together."""
         found = {name: tuple(self.p.shape) for name in ("exp_avg", self.diagonal_name)}
-        for side, size, wanted in zip(("row", "column"), self.p.shape, self.sides, strict=False):
-            if wanted:
-                found |= dict.fromkeys((f"{side}_statistics", f"{side}_basis"), (size, size))
+        for dim, side in enumerate(("row", "column")):
+            if self.sides[dim]:
+                size = self._part_shape[dim]
+                several = () if self.split == 1 or self.shared[dim] else (self.split,)
+                found |= dict.fromkeys((f"{side}_statistics", f"{side}_basis"), (*several, size, size))
         return found
 
     def complete(self, state: dict[str, Any], dtype: torch.dtype, exact: torch.dtype) -> None:
@@ -98,11 +133,18 @@ class Member(NamedTuple):
             if name in state or (name == "exp_avg_sq" and float(state["step"]) > 0):
                 continue  # an average that begins late begins with its first gradient
             if name.endswith("_basis"):
-                state[name] = torch.eye(shape[0], dtype=exact, device=self.p.device)
+                state[name] = torch.eye(shape[-1], dtype=exact, device=self.p.device).expand(shape).clone()
             elif name.endswith("_statistics"):
                 state[name] = torch.zeros(shape, dtype=exact, device=self.p.device)
             else:
                 state[name] = self.zeros(name, exact if name == "exp_avg_sq" else dtype)
+
+    def lacks_bases(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state that was loaded, whole, has an average already and nothing to make its bases of."""
+        wanted = [side for side, turned in zip(("row", "column"), self.sides, strict=True) if turned]
+        begun = float(state.get("refreshes" if any(self.sampled_sides) else "step", 0)) > 0
+        known = (state.get(f"{side}_statistics") for side in wanted)
+        return begun and any(one is None or not bool(one.any()) for one in known)
 
     def zeros(self, name: str, dtype: torch.dtype) -> Tensor:
         """A momentum, sharded as the parameter is, or a diagonal, which is whole where it is a hidden matrix's."""

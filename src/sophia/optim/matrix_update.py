@@ -36,6 +36,8 @@ class MatrixRule:
     """Newton-Schulz steps on what comes out of the basis; 0 leaves it as it is."""
     update_rms: float | None
     """Root mean square of the update for a learning rate of 1; None leaves its length as it is."""
+    rtol: float
+    """Mean curvature of a direction of the basis, over that of the matrix, below which it counts as rounding."""
     product_dtype: torch.dtype | None
     """In which rotations and Newton-Schulz steps are computed; None is that of the momentum."""
 
@@ -55,7 +57,7 @@ def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Te
     """
     low = rule.product_dtype or x.dtype
     rows, columns = (None if side is None else side.to(low) for side in basis)
-    u = rotate(x.to(low), rows, columns).to(x.dtype) / bound(diagonal, rule)
+    u = rotate(x.to(low), rows, columns).to(x.dtype) / bound(diagonal, basis, rule)
     if rule.clip:
         u = u.clamp(-1, 1)
     u = rotate_back(u.to(low), rows, columns)
@@ -65,10 +67,32 @@ def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Te
     return u if rule.update_rms is None else scaled(u, rule.update_rms)
 
 
-def bound(diagonal: Tensor, rule: MatrixRule) -> Tensor:
+def bound(diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
     """max(γ Dᵖ, ε): where a momentum is clipped."""
-    raised = diagonal if rule.exponent == 1.0 else diagonal.pow(rule.exponent)
+    seen = measured(diagonal, basis, rule.rtol)
+    raised = seen if rule.exponent == 1.0 else seen.pow(rule.exponent)
     return torch.mul(raised, rule.gamma).clamp_min_(rule.eps)
+
+
+def measured(diagonal: Tensor, basis: Basis, rtol: float) -> Tensor:
+    """D, with its mean over the matrix in directions of the basis in which nothing but rounding was measured.
+
+    There are directions that no gradient enters: of outputs into a residual stream that only LayerNorms read the mean,
+    of inputs from a LayerNorm its inverse gains, as long as these do not change. There momentum and D are rounding
+    alone, and one over the other would be clipped to a full step. With the mean such a direction stands still, and one
+    that the samples have only missed moves moderately.
+
+    Args:
+        diagonal: D, [..., rows, columns].
+        basis: tells the sides that are turned. On others what no gradient enters is nought, and stays.
+        rtol: a direction's mean curvature, over the matrix's, below which it counts as rounding.
+    """
+    turned = [dim for side, dim in zip(basis, (-1, -2), strict=True) if side is not None]
+    if rtol == 0 or not turned:
+        return diagonal
+    mean = diagonal.mean(dim=(-2, -1), keepdim=True)
+    missed = [diagonal.mean(dim=dim, keepdim=True) < rtol * mean for dim in turned]
+    return torch.where(missed[0] | missed[-1], mean, diagonal)
 
 
 def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
