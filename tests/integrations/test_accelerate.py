@@ -100,7 +100,8 @@ def plain(data, *, accumulate=1, clip=None, precision="no"):
 
 def prepared(accelerator, count=9, kind=SophiaG, **settings):
     net = seeded(build)
-    model, optimizer, data = accelerator.prepare(net, kind(net.parameters(), **SETTINGS, **settings), loader(count))
+    params = SophiaK.groups(net) if kind is SophiaK else net.parameters()
+    model, optimizer, data = accelerator.prepare(net, kind(params, **SETTINGS, **settings), loader(count))
     return model, optimizer, data
 
 

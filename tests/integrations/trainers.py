@@ -6,6 +6,8 @@ import copy
 import torch
 import transformers
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -94,6 +96,19 @@ def t5():
     )
 
 
+def bart():
+    return BartForCausalLM(
+        BartConfig(
+            vocab_size=VOCAB,
+            d_model=16,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=32,
+            max_position_embeddings=16,
+        )
+    )
+
+
 def shifted(labels):
     """Position t is scored against label t + 1."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
@@ -108,6 +123,7 @@ KINDS = {
     "gpt2": (gpt2, shifted),
     "llama": (llama, shifted),
     "image-text": (image_text, shifted),
+    "bart": (bart, where_they_stand),  # the decoder alone, which is called causal too
     "masked": (masked, where_they_stand),
     "classifier": (classifier, where_they_stand),
     "t5": (t5, where_they_stand),

@@ -242,7 +242,8 @@ class Sophia(Optimizer):
             logits: from the model's output to its logits (SophiaG) or mean loss (SophiaH); None where the output is
                 that, or has it as `.logits` or `.loss`.
             mask: from the model's inputs, sliced to `max_batch` rows, to a bool mask of shape logits.shape[:-1]. None
-                takes `labels` among the inputs: −100 does not count.
+                takes the predictions that the loss in the model's output depends on (−100 among `labels` does not
+                count, and labels may be shifted); without labels or a loss all count.
             max_batch: rows of the batch, per rank, that the estimate is made from.
 
         Returns:
