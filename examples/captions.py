@@ -154,7 +154,7 @@ def draw(found: dict[str, Any], scenes: list[shapes.Scene], pictures: Tensor, se
             for number, line in enumerate(lines):
                 colour = "#b3261e" if "[" in line else style[name].color
                 axis.text(0, top - 0.1 * number, line, transform=axis.transAxes, va="top", fontsize=8, color=colour)
-    edges = {"top": 0.29, "bottom": 0.1, "left": 0.06, "right": 0.98}
+    edges = {"top": 0.29, "bottom": 0.1, "left": 0.08, "right": 0.98}
     losses, right = figure.subplots(1, 2, width_ratios=(3, 2), gridspec_kw=edges)
     for name, look in style.items():
         runs = found[name]["runs"]

@@ -77,7 +77,8 @@ RULES = [
     {"basis": "both"},
     {"others": "curvature"},
     {"factors": "gradients", "diagonal": "gradients", "exponent": 0.5},
-    {"diagonal": "gradients"},
+    {"diagonal": "gradients", "nu": 1.0},
+    {"basis": "none", "nu": 0.2},
 ]
 
 

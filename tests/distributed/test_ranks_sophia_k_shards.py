@@ -36,13 +36,23 @@ def groups(model):
     ]
 
 
-def begin(engine, seed=0, kind=SophiaK, dtype=torch.float64, **settings):
+def cut_rows(groups):
+    """The matrix of six rows is three of two."""
+    first, rest = groups
+    fused = [p for p in first["params"] if tuple(p.shape) == (6, 5)]
+    others = [p for p in first["params"] if tuple(p.shape) != (6, 5)]
+    assert len(fused) == 1
+    return [{"params": others}, {"params": fused, "split": 3}, rest]
+
+
+def begin(engine, seed=0, kind=SophiaK, dtype=torch.float64, fused=False, **settings):
     options = {"find_unused_parameters": True} if engine == "ddp" else {}
     model = engines.build(dtype, seed=seed)
     with torch.no_grad():  # else the curvature of the normalized inputs is singular, and its basis a matter of rounding
         model.block.norm.bias += torch.linspace(0.2, 1.0, engines.WIDTH)
     model = engines.wrap(engine, model, **options)
     given = groups(model) if kind is SophiaK else engines.parameters(model).values()
+    given = cut_rows(given) if fused else given
     return model, kind(given, **{**SETTINGS, **settings})
 
 
@@ -98,13 +108,15 @@ def train(engine, settings, last=5):
 
 RULES = [
     {},
-    {"basis": "both", "orthogonalize": 0},
+    {"basis": "both", "orthogonalize": 0, "nu": 1.0},
     {"basis": "none", "others": "curvature"},
     {"basis": "both", "others": "curvature", "update_rms": None, "nesterov": False},
     {"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5},
     {"basis": "both", "diagonal": "gradients", "orthogonalize": 0, "maximize": True},
     {"factors": "gradients", "others": "curvature"},
-    {"basis": "none", "diagonal": "gradients"},
+    {"basis": "none", "diagonal": "gradients", "curvature_interval": 10, "nu": 0.0},
+    {"basis": "both", "fused": True},
+    {"fused": True, "factors": "gradients", "diagonal": "gradients", "exponent": 0.5},
 ]
 
 

@@ -9,8 +9,8 @@ from tests.baselines.references import newton_schulz
 
 DEFAULTS = {
     "lr": 1e-3,
-    "betas": (0.95, 0.95),
-    "gamma": 0.2,
+    "betas": (0.9, 0.95),
+    "gamma": 0.05,
     "eps": 1e-12,
     "weight_decay": 0.1,
     "curvature_interval": 10,
@@ -18,12 +18,14 @@ DEFAULTS = {
     "basis": "smaller",
     "factors": "curvature",
     "diagonal": "curvature",
-    "exponent": 1.0,
+    "exponent": 0.5,
     "clip": True,
     "orthogonalize": 5,
-    "update_rms": 0.2,
+    "update_rms": 0.1,
     "nesterov": True,
     "others": "gradients",
+    "nu": 0.5,
+    "rtol": 1e-4,
     "max_basis_dim": 8192,
     "maximize": False,
 }
@@ -36,8 +38,9 @@ class Parameter:
     `borrowed` gives (Q_R, Q_C), which are then only checked.
     """
 
-    def __init__(self, theta, **settings):
+    def __init__(self, theta, tie=0, **settings):
         assert settings.keys() <= DEFAULTS.keys()
+        self.tie = tie  # the side that counts as the smaller where they are equal
         for name, value in {**DEFAULTS, **settings}.items():
             setattr(self, name, value)
         self.beta1, self.beta2 = self.betas
@@ -56,7 +59,8 @@ class Parameter:
         if not self.hidden or self.basis == "none":
             return (False, False)
         rows, columns = self.theta.shape
-        wanted = (True, True) if self.basis == "both" else (rows <= columns, columns < rows)
+        smaller = self.tie if rows == columns else int(rows > columns)
+        wanted = (True, True) if self.basis == "both" else (smaller == 0, smaller == 1)
         return tuple(want and size <= self.max_basis_dim for want, size in zip(wanted, self.theta.shape, strict=True))
 
     # ---- bases
@@ -97,8 +101,11 @@ class Parameter:
 
     # ---- refreshes and steps
 
-    def refresh(self, estimate, borrowed=None):
-        """Fold in S_c / √N, [chunks, rows, columns], of a hidden matrix; of another parameter its diagonal."""
+    def refresh(self, estimate, borrowed=None, shared=None):
+        """Fold in S_c / √N, [chunks, rows, columns], of a hidden matrix; of another parameter its diagonal.
+
+        `shared` gives, by side, the outer products of all matrices that have a basis of it in common.
+        """
         if estimate is None:
             return
         estimate = np.array(estimate, dtype=np.float64)
@@ -106,7 +113,7 @@ class Parameter:
         weight = (1 - self.beta2) / (1 - self.beta2**self.refreshes)
         sampled = self.hidden and self.factors == "curvature"
         if sampled:
-            outer = (sum(s @ s.T for s in estimate), sum(s.T @ s for s in estimate))
+            outer = self._outer(estimate, shared)
             self.statistics = [(1 - weight) * s + weight * o for s, o in zip(self.statistics, outer, strict=True)]
         if sampled and self.refreshes == 1:
             self._begin(borrowed)
@@ -116,7 +123,12 @@ class Parameter:
         if sampled and self.refreshes > 1:
             self._move()
 
-    def step(self, gradient, borrowed=None):
+    def _outer(self, gradients, shared):
+        """Σ S Sᵀ and Σ Sᵀ S."""
+        own = {0: sum(s @ s.T for s in gradients), 1: sum(s.T @ s for s in gradients)} | (shared or {})
+        return own[0], own[1]
+
+    def step(self, gradient, borrowed=None, shared=None):
         g = np.array(gradient, dtype=np.float64) * (-1 if self.maximize else 1)
         self.steps += 1
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
@@ -125,10 +137,10 @@ class Parameter:
         if self.refreshes > 0 or not self._needs_curvature():
             self.theta = self.theta - self.lr * self.weight_decay * self.theta - self.lr * self.update(g)
         if self.hidden and self.factors == "gradients":
-            self._follow(g, borrowed)
+            self._follow(g, borrowed, shared)
 
-    def _follow(self, g, borrowed):
-        outer = (g @ g.T, g.T @ g)
+    def _follow(self, g, borrowed, shared):
+        outer = self._outer([g], shared)
         self.statistics = [self.beta2 * s + (1 - self.beta2) * o for s, o in zip(self.statistics, outer, strict=True)]
         if self.steps == 1:
             self._begin(borrowed)
@@ -140,12 +152,24 @@ class Parameter:
     def _needs_curvature(self):
         return self.source == "curvature" or (self.hidden and self.basis != "none" and self.factors == "curvature")
 
+    def measured(self, d):
+        """D, with its mean along eigenvectors that have next to none."""
+        found = d.copy()
+        for side in np.flatnonzero(self.turns):
+            for direction in range(d.shape[side]):
+                place = (direction, slice(None)) if side == 0 else (slice(None), direction)
+                if d[place].mean() < self.rtol * d.mean():
+                    found[place] = d.mean()
+        return found
+
     def update(self, g):
         """U, for a learning rate of 1."""
         d = self.squares / (1 - self.beta2**self.steps) if self.source == "gradients" else self.squares
         if not self.hidden and self.others == "gradients":
-            return self.m / (1 - self.beta1**self.steps) / (np.sqrt(d) + 1e-8)
+            ahead = self.nu * self.m / (1 - self.beta1**self.steps) + (1 - self.nu) * g
+            return ahead / (np.sqrt(d) + 1e-8)
         x = self.beta1 * self.m + (1 - self.beta1) * g if self.hidden and self.nesterov else self.m
+        d = self.measured(d)
         u = self.turned(x) / np.maximum(self.gamma * d ** (self.exponent if self.hidden else 1.0), self.eps)
         if self.clip:
             u = np.clip(u, -1, 1)
@@ -153,3 +177,44 @@ class Parameter:
         if self.hidden and self.orthogonalize:
             u = newton_schulz(u, self.orthogonalize)
         return u if self.update_rms is None else self.update_rms * u / np.sqrt(np.mean(u**2))
+
+
+class Fused:
+    """A weight that is `split` matrices beside each other along its longer side: a `Parameter` for each.
+
+    What they share are the statistics of the other side, which are those of all of them.
+    """
+
+    def __init__(self, theta, split, **settings):
+        self.dim = 0 if theta.shape[0] >= theta.shape[1] else 1
+        self.split = split
+        self.parts = [Parameter(part, tie=1 - self.dim, **settings) for part in self.cut(theta)]
+
+    def cut(self, x):
+        return np.split(np.asarray(x, dtype=np.float64), self.split, axis=x.ndim - 2 + self.dim)
+
+    def joined(self, name):
+        return np.concatenate([getattr(part, name) for part in self.parts], axis=self.dim)
+
+    def _shared(self, gradients):
+        other = 1 - self.dim
+        return {other: sum(g @ g.T if other == 0 else g.T @ g for g in gradients)}
+
+    def _borrowed(self, bases):
+        """Of each: what all share has one basis, the other side has several."""
+        return [
+            [None if q is None else q[number] if side == self.dim else q for side, q in enumerate(bases)]
+            for number in range(self.split)
+        ]
+
+    def refresh(self, estimate, bases):
+        cut = self.cut(estimate)
+        shared = self._shared([g for part in cut for g in part])
+        for part, own, borrowed in zip(self.parts, cut, self._borrowed(bases), strict=True):
+            part.refresh(own, borrowed, shared)
+
+    def step(self, gradient, bases):
+        cut = self.cut(gradient)
+        shared = self._shared(cut)
+        for part, own, borrowed in zip(self.parts, cut, self._borrowed(bases), strict=True):
+            part.step(own, borrowed, shared)

@@ -39,8 +39,9 @@ def outputs(kind, rotation, hidden=HIDDEN, **settings):
     seen = batch(STEPS)[0] @ rotation
     start = model(seen).detach()
     # Logits gain nothing from a constant, so the outer matrix has a direction without curvature, in which the momentum
-    # is rounding alone: ε must not make it a step.
-    optimizer = kind(model.parameters(), lr=0.05, curvature_interval=INTERVAL, seed=3, eps=1e-6, **settings)
+    # is rounding alone: neither `rtol` nor, where it is not turned, ε makes it a step.
+    eps = 1e-12 if settings.get("basis") == "both" else 1e-6
+    optimizer = kind(model.parameters(), lr=0.05, curvature_interval=INTERVAL, seed=3, eps=eps, **settings)
     for step in range(STEPS):
         x, y = batch(step)
         x = x @ rotation

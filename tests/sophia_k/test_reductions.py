@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from sophia import SophiaG, SophiaK
 from sophia.curvature import GaussNewtonBartlett
+from sophia.optim import adam_step
 from sophia.optim.matrix_update import MatrixRule, direction
 from sophia.optim.soap import SOAP
 from tests.baselines.references import newton_schulz
@@ -15,7 +17,7 @@ from tests.sophia_k import drawn, nets
 
 PLAIN = {"orthogonalize": 0, "update_rms": None, "nesterov": False}
 AS_SOPHIA_G = {"basis": "none", "exponent": 1.0, "others": "curvature", **PLAIN}
-AS_MUON = {"basis": "none", "clip": False, "gamma": 0.0, "eps": 1.0, "diagonal": "gradients"}
+AS_MUON = {"basis": "none", "clip": False, "exponent": 0.0, "diagonal": "gradients", "update_rms": 0.2}
 AS_SOAP = {
     "basis": "both",
     "factors": "gradients",
@@ -25,6 +27,7 @@ AS_SOAP = {
     "eps": 1e-30,
     "clip": False,
     "others": "gradients",
+    "rtol": 0.0,
     **PLAIN,
 }
 
@@ -86,7 +89,7 @@ def _step(p, optimizer, gradient):
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)], ids=str)
 def test_without_curvature_it_is_muon(shape, nesterov):
     """But for two things, on purpose: torch's iterates in bf16, and its length is 0.2 √max(rows, columns) times what
-    five rounds leave of the singular values, about 1, where SophiaK's root mean square is 0.2 exactly."""
+    five rounds leave of the singular values, about 1, where SophiaK's root mean square is `update_rms` exactly."""
     theta, grads, _ = drawn.draw(shape)
     settings = {"lr": 0.05, "weight_decay": 0.1}
     one, other = nn.Parameter(theta.clone()), nn.Parameter(theta.clone())
@@ -157,7 +160,8 @@ def test_what_is_no_hidden_matrix_takes_adamws_steps(shape, hidden):
     corrected = not hidden or len(shape) == 1
     betas = (0.9 if corrected else 0.0, 0.95)
     settings = {"lr": 0.05, "betas": betas, "weight_decay": 0.1}
-    k = SophiaK([one], hidden=hidden, **settings, **{**AS_SOAP, "basis": "none"})
+    matrix = {name: AS_SOAP[name] for name in ("diagonal", "exponent", "gamma", "eps", "clip", *PLAIN)}
+    k = SophiaK([one], **settings, nu=1.0, **({"basis": "none", **matrix} if hidden else {"hidden": False}))
     adamw = torch.optim.AdamW([other], **settings, eps=1e-8)
     for gradient in grads:
         _step(one, k, gradient)
@@ -165,12 +169,53 @@ def test_what_is_no_hidden_matrix_takes_adamws_steps(shape, hidden):
         torch.testing.assert_close(one, other, rtol=1e-12 if corrected else 1e-6, atol=1e-12 if corrected else 1e-6)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4), (7,)], ids=str)
+def test_next_to_adams_rule_it_is_adams_rule(monkeypatch, shape, maximize):
+    """torch's kernel, which takes ν = 1 alone, and our own arithmetic, which takes the others, are one rule."""
+    calls = []
+    monkeypatch.setattr(adam_step, "adamw", lambda params, *a, **k: calls.append(len(params)) or adamw(params, *a, **k))
+    theta, grads, _ = drawn.draw(shape)
+    settings = {"lr": 0.05, "weight_decay": 0.1, "hidden": False, "maximize": maximize}
+    one, other, third = (nn.Parameter(theta.clone()) for _ in range(3))
+    kernel, near, far = (SophiaK([p], nu=nu, **settings) for p, nu in ((one, 1.0), (other, 0.999999), (third, 0.9)))
+    for count, gradient in enumerate(grads, start=1):
+        for p, optimizer in ((one, kernel), (other, near), (third, far)):
+            _step(p, optimizer, gradient)
+        assert sum(calls) == count  # of the first alone
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert (one - third).abs().max() > 1e-2
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(kernel.state[one][name], near.state[other][name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("basis", ["none", "both"])
+def test_an_exponent_of_nought_is_no_divisor(basis):
+    """Neither the size of the gradients' squares nor a square of nothing counts: γ is the only bound of the clip."""
+    p = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    own = {"basis": basis, "diagonal": "gradients"} | ({} if basis == "none" else {"factors": "gradients"})
+    optimizer = SophiaK([p], lr=1.0, exponent=0.0, gamma=2.0, weight_decay=0.0, **PLAIN, **own)
+    gradient = torch.zeros(3, 4, dtype=torch.float64)
+    gradient[0, 1], gradient[1, 2], gradient[2, 3] = 5.0, -100.0, 1e-3
+    p.grad = gradient.clone()
+    optimizer.step()
+    expected = -(0.1 * gradient / 2.0).clamp(-1, 1)  # the first step is in the parameter's own basis
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("orthogonalize", [0, 5])
 @pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-26, 1e-40])
 def test_a_momentum_next_to_nothing_does_not_blow_up(size, orthogonalize):
     """Of an expert, say, that nobody has used for a thousand steps."""
     rule = MatrixRule(
-        gamma=0.2, eps=1e-12, exponent=1.0, clip=True, orthogonalize=orthogonalize, update_rms=0.2, product_dtype=None
+        gamma=0.2,
+        eps=1e-12,
+        exponent=1.0,
+        clip=True,
+        orthogonalize=orthogonalize,
+        update_rms=0.2,
+        rtol=1e-6,
+        product_dtype=None,
     )
     x = torch.full((4, 6), size)
     u = direction(x, torch.ones(4, 6), (None, None), rule)

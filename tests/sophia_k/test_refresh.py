@@ -155,7 +155,7 @@ def test_curvature_is_due_only_where_something_uses_it():
     model = nets.build()
     assert not SophiaK(model.parameters(), **GRADIENTS).curvature_due
     assert not SophiaK(model.parameters(), diagonal="gradients", basis="none").curvature_due
-    assert not SophiaK(nets.groups(model), **{**GRADIENTS, "hidden": False}).curvature_due
+    assert not SophiaK(nets.groups(model), hidden=False).curvature_due
     for settings in ({}, {"factors": "curvature"}, {"diagonal": "curvature"}, {"others": "curvature"}):
         optimizer = SophiaK(model.parameters(), **{**GRADIENTS, **settings})
         assert optimizer.curvature_due == bool(settings)
@@ -414,17 +414,20 @@ def test_attach_is_the_explicit_form_with_the_same_slice():
     assert_same(*([p.detach() for p in model.parameters()] for model in models))
 
 
-def test_the_clip_fraction_is_counted_in_the_bases():
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_the_clip_fraction_is_counted_in_the_bases(exponent):
     model = nets.build()
-    optimizer = SophiaK(nets.groups(model, others="curvature", clip=False), **{**SETTINGS, "gamma": 0.5}, basis="both")
+    gamma = {1.0: 0.5, 0.5: 0.05}[exponent]
+    settings = {**SETTINGS, "gamma": gamma, "exponent": exponent}
+    optimizer = SophiaK(nets.groups(model, others="curvature"), **settings, basis="both")
     nets.train(model, optimizer, 3)
     clipped = total = 0
     for own in optimizer.state.values():
         if "hessian" in own:  # others are clipped whatever hidden matrices are
-            m = own["exp_avg"]
+            m, divisor = own["exp_avg"], own["hessian"]
             if "row_basis" in own:
-                m = own["row_basis"].T @ m @ own["column_basis"]
-            clipped += int((m.abs() > 0.5 * own["hessian"]).sum())
+                m, divisor = own["row_basis"].T @ m @ own["column_basis"], divisor**exponent
+            clipped += int((m.abs() > gamma * divisor).sum())
             total += m.numel()
     found = optimizer.stats()
     assert 0.1 < clipped / total < 0.9

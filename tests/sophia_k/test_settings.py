@@ -36,11 +36,16 @@ OF_A_GROUP = [
     ({"orthogonalize": 2.5}, r"orthogonalize=2\.5 must be a whole number"),
     ({"max_basis_dim": 0}, "max_basis_dim=0 must be a whole number of at least 1"),
     ({"max_basis_dim": 1e3}, r"max_basis_dim=1000\.0 must be a whole number"),
-    ({"exponent": 0}, "exponent=0 must be a finite number above 0"),
-    ({"exponent": -0.5}, r"exponent=-0\.5 must be"),
+    ({"exponent": -0.5}, r"exponent=-0\.5 must be a finite number of at least 0, "),
+    ({"exponent": INF}, "exponent=inf must be"),
     ({"exponent": NAN}, "exponent=nan must be"),
     ({"exponent": "1"}, "exponent='1' must be"),
-    ({"exponent": None}, "exponent=None must be a finite number above 0$"),
+    ({"exponent": None}, "exponent=None must be a finite number"),
+    ({"nu": -0.1}, r"nu=-0\.1 must be a number between 0 and 1"),
+    ({"nu": 1.1}, r"nu=1\.1 must be"),
+    ({"nu": NAN}, "nu=nan must be"),
+    ({"nu": "1"}, "nu='1' must be"),
+    ({"nu": True}, "nu=True must be"),
     ({"update_rms": 0.0}, r"update_rms=0\.0 must be a finite number above 0 or None"),
     ({"update_rms": INF}, "update_rms=inf must be"),
     ({"update_rms": True}, "update_rms=True must be"),
@@ -189,18 +194,19 @@ def test_a_state_dict_with_state_of_another_shape(name):
         SophiaK(nets.groups(model)).load_state_dict(saved)
 
 
-def test_adams_rule_begins_anew_where_squares_are_missing():
+@pytest.mark.parametrize("nu", [1.0, 0.3])
+def test_adams_rule_begins_anew_where_squares_are_missing(nu):
     """After SophiaG: the first square is corrected as the first, or coordinates move by many learning rates."""
     model = nets.build()
     old = SophiaG(model.parameters(), lr=1e-3, weight_decay=0.0)
     nets.train(model, old, 9)
-    optimizer = SophiaK(model.parameters())
+    optimizer = SophiaK(model.parameters(), nu=nu)
     optimizer.load_state_dict(old.state_dict())
     p = model.head.bias
     own, before = optimizer.state[p], p.detach().clone()
     assert "exp_avg_sq" not in own
     nets.train(model, optimizer, 1, start=9)
-    expected = 1e-3 * own["exp_avg"] / (1 - 0.96**10) / p.grad.abs()
+    expected = 1e-3 * (nu * own["exp_avg"] / (1 - 0.96**10) + (1 - nu) * p.grad) / p.grad.abs()
     torch.testing.assert_close(before - p.detach(), expected, rtol=1e-4, atol=0)
 
 

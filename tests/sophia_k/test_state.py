@@ -16,10 +16,10 @@ SETTINGS = {"lr": 0.02, "curvature_interval": 3, "seed": 2}
 RULES = [
     {},
     {"basis": "both", "others": "curvature"},
-    {"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5, "gamma": 1.0},
-    {"diagonal": "gradients", "exponent": 0.5},
+    {"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 1.0, "gamma": 1.0, "nu": 0.2},
+    {"diagonal": "gradients", "exponent": 0.0, "nu": 1.0},
     {"factors": "gradients", "basis": "both"},
-    {"basis": "none", "orthogonalize": 0, "clip": False, "exponent": 0.75, "update_rms": 0.1, "nesterov": False},
+    {"basis": "none", "orthogonalize": 0, "clip": False, "exponent": 0.75, "update_rms": 0.2, "nesterov": False},
     {"state_dtype": torch.bfloat16, "others": "curvature", "maximize": True},
 ]
 BEFORE, AFTER = 5, 6  # steps; the state is taken between two refreshes
@@ -210,21 +210,49 @@ def test_sophia_gs_state_is_momentum_without_curvature():
     assert not any(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
 
 
-def test_sophia_gs_bias_corrected_diagonal_is_the_one_in_the_basis_that_there_is_not_yet():
-    """Steps go on with identities as bases; refreshes turn them by orthogonal iteration, and the diagonal with them."""
-    model = nets.build(torch.float32)
+def carried_on(way, factors):
+    """SophiaG's averages under SophiaK, at the next refresh, and the optimizer's state just before it."""
+    model = nets.build()
     old = sophia_g(model, curvature_interval=3, lr=0.01, bias_correction=True)
-    optimizer = SophiaK(nets.groups(model), others="curvature")
+    optimizer = SophiaK(nets.groups(model), others="curvature", basis="both", factors=factors)
     optimizer.load_state_dict(old.state_dict())
-    own = optimizer.state[model.second.weight]
-    assert_same(
-        [own["hessian"], own["refreshes"]], [old.state[model.second.weight][k] for k in ("hessian", "refreshes")]
-    )
-    assert torch.equal(own["row_basis"], torch.eye(nets.CLASSES))
-    values = [p.detach().clone() for p in model.parameters()]
-    nets.train(model, optimizer, 2, start=BEFORE)
-    assert not any(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
-    assert not torch.equal(own["row_basis"], torch.eye(nets.CLASSES))
+    if way == "saved":  # once more, in between
+        saved = optimizer.state_dict()
+        optimizer = SophiaK(nets.groups(model), others="curvature")
+        optimizer.load_state_dict(saved)
+    if way == "copied":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    p = model.second.weight
+    assert torch.equal(optimizer.state[p]["row_basis"], torch.eye(nets.CLASSES, dtype=torch.float64))
+    value = p.detach().clone()
+    nets.train(model, optimizer, 1, start=BEFORE)
+    assert not torch.equal(p, value)  # it moves by what it has, in the identity
+    before = optimizer.state[p]["hessian"].clone()
+    if (
+        factors == "curvature"
+    ):  # the sixth step ends with a basis of gradients, the seventh begins with one of curvature
+        nets.train(model, optimizer, 1, start=BEFORE + 1)
+    return optimizer, p, before
+
+
+@pytest.mark.parametrize("way", ["loaded", "saved", "copied"])
+@pytest.mark.parametrize("factors", ["curvature", "gradients"])
+def test_sophia_gs_bias_corrected_diagonal_is_taken_along_into_the_first_bases(factors, way):
+    """They are all eigenvectors, and no step from the identity towards them."""
+    optimizer, p, before = carried_on(way, factors)
+    own = optimizer.state[p]
+    for side in ("row", "column"):
+        seen = own[f"{side}_basis"].T @ own[f"{side}_statistics"] @ own[f"{side}_basis"]
+        torch.testing.assert_close(seen, seen.diagonal().diag(), rtol=0, atol=1e-10 * float(seen.max()))
+        assert not torch.equal(own[f"{side}_basis"], torch.eye(len(seen), dtype=torch.float64))
+    if factors == "curvature":  # the third estimate, of which the statistics are made alone
+        weight = (1 - 0.99) / (1 - 0.99**3)
+        carried = own["row_basis"].square().T @ before @ own["column_basis"].square()
+        fresh = (own["hessian"] - (1 - weight) * carried) / weight
+        torch.testing.assert_close(
+            fresh.sum(1), (own["row_basis"].T @ own["row_statistics"] @ own["row_basis"]).diagonal()
+        )
+    assert not optimizer._unturned
 
 
 def test_adamws_state_is_momentum():

@@ -161,8 +161,8 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 
 MATRIX = {
-    **{"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5, "clip": False},
-    **{"orthogonalize": 2, "update_rms": 0.4, "nesterov": False, "others": "curvature"},
+    **{"basis": "both", "factors": "gradients", "diagonal": "gradients", "exponent": 1.0, "clip": False},
+    **{"orthogonalize": 2, "update_rms": 0.4, "nesterov": False, "others": "curvature", "nu": 0.3},
 }
 
 
@@ -175,7 +175,7 @@ def test_sophia_k_turns_the_blocks_matrices_and_leaves_the_rest_to_adamw():
     for name, p in model.named_parameters():
         group, hidden = found[p], p.ndim == 2 and name.startswith("blocks.")
         assert group["hidden"] is hidden, name
-        assert group["betas"] == ((0.8, 0.97) if hidden else (0.9, 0.95)), name
+        assert group["betas"] == ((0.8, 0.97) if hidden else (0.9, 0.98)), name
         assert (group["gamma"], group["eps"], group["lr"]) == (0.1, 1e-9, 1e-2)
         assert group["weight_decay"] == (0.5 if name.startswith("blocks.1.") else 0.1 if p.ndim == 2 else 0.0), name
         assert {name: group[name] for name in MATRIX} == {name: sophia.defaults[name] for name in MATRIX}
@@ -186,6 +186,25 @@ def test_settings_of_sophia_k_reach_it(name, value):
     _, optimizers = build("sophia-k", **{name: value})
     assert {group[name] for group in optimizers.parts[0].param_groups} == {value}
     assert value != SophiaK([torch.ones(1, requires_grad=True)]).defaults[name]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [(None, None), ("fp32", None), ("bf16", "bfloat16"), ("auto", "auto")], ids=str
+)
+def test_the_dtype_of_products_reaches_sophia_k(chosen, expected):
+    _, optimizers = build("sophia-k", product_dtype=chosen)
+    assert {group["product_dtype"] for group in optimizers.parts[0].param_groups} == {expected}
+
+
+def test_queries_keys_and_values_may_be_three_matrices():
+    model, optimizers = build("sophia-k", split_qkv=True, decay_by_name=("blocks.1.*=0.5",))
+    (sophia,) = optimizers.parts
+    found = {p: group for group in sophia.param_groups for p in group["params"]}
+    assert found.keys() == set(model.parameters())
+    for name, p in model.named_parameters():
+        assert found[p]["split"] == (3 if name.endswith("queries_keys_values.weight") else 1), name
+        assert found[p]["weight_decay"] == (0.5 if name.startswith("blocks.1.") else 0.1 if p.ndim == 2 else 0.0), name
+    assert {group["split"] for group in build("sophia-k")[1].parts[0].param_groups} == {1}
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import inspect
 
 import pytest
+import torch
 
 from sophia import SophiaG, SophiaH, SophiaK
 from sophia.config import BatchSettings, ModelSettings, OptimizerSettings, TrainSettings
 from sophia.meaning import MATRIX_SETTINGS
+from sophia.model import GPT, GPTConfig
 from sophia.optim.checks import CLIP_TARGET
+from sophia.optimizers import Optimizers
 from sophia.presets import PRESETS
 from sophia.resolve import resolve_optimizer
 
@@ -80,19 +83,58 @@ def test_nothing_of_sophia_k_is_left_open(model):
     """What the preset does not say is the library's default; an estimate is made of as much as Sophia-G's."""
     chosen, theirs = resolved(model, optimizer="sophia-k"), resolved(model, optimizer="sophia-g")
     library = inspect.signature(SophiaK).parameters
-    names = {"eps", "curvature_interval", *MATRIX_SETTINGS}
+    assert (chosen.split_qkv, chosen.product_dtype) == (True, "auto")
+    names = {"eps", "curvature_interval", *MATRIX_SETTINGS} - {"split_qkv", "product_dtype"}
     assert {name: getattr(chosen, name) for name in names} == {name: library[name].default for name in names}
+    assert (chosen.beta1, chosen.beta2, chosen.gamma) == (*library["betas"].default, library["gamma"].default)
     assert chosen.curvature_noise == "signs"
     assert (chosen.curvature_rows, chosen.curvature_chunks) == (theirs.curvature_rows, theirs.curvature_chunks)
 
 
 def test_what_is_given_to_sophia_k_stays():
-    given = {"basis": "none", "factors": "gradients", "diagonal": "gradients", "exponent": 0.5, "clip": False}
+    given = {"basis": "none", "factors": "gradients", "diagonal": "gradients", "exponent": 1.0, "clip": False}
     given |= {"orthogonalize": 0, "update_rms": 0.0, "nesterov": False, "others": "curvature"}
+    given |= {"nu": 0.3, "split_qkv": False, "product_dtype": "bf16"}
     given |= {"curvature_noise": "labels", "curvature_rows": 3, "curvature_chunks": 2, "gamma": 1.0, "eps": 1e-8}
     chosen = resolved(optimizer="sophia-k", **given)
     assert {name: getattr(chosen, name) for name in given} == given
     assert given.keys() >= set(MATRIX_SETTINGS)
+    assert not any(given[name] == default for name, default in MATRIX_SETTINGS.items())
+
+
+@pytest.mark.parametrize("given", [{}, {"basis": "none", "orthogonalize": 0, "update_rms": 0.0}], ids=str)
+def test_what_is_left_open_reaches_sophia_k(given):
+    """Also where some of it has no effect: only who asks for that is refused."""
+    model = GPT(GPTConfig(vocab_size=11, context=6, layers=1, heads=2, width=8), torch.Generator().manual_seed(0))
+    (sophia,) = Optimizers(resolved(optimizer="sophia-k", **given), model, seed=0).parts
+    fused = model.blocks[0].attention.queries_keys_values.weight
+    found = {p: group for group in sophia.param_groups for p in group["params"]}
+    for group in found.values():
+        assert (group["nu"], group["exponent"], group["gamma"]) == (0.5, 0.5, 0.05)
+        assert group["betas"] == ((0.9, 0.95) if group["hidden"] else (0.9, 0.98))
+        assert (group["update_rms"], group["product_dtype"]) == ((None, None) if given else (0.1, "auto"))
+        assert group["lr"] == resolved(optimizer="sophia-k").lr
+    assert {p for p, group in found.items() if group["split"] == 3} == (set() if given else {fused})
+    if given:
+        with pytest.raises(ValueError, match=r"product_dtype=torch\.bfloat16 has no effect"):
+            Optimizers(resolved(optimizer="sophia-k", product_dtype="bf16", **given), model, seed=0)
+
+
+OF_GRADIENTS = {"factors": "gradients", "diagonal": "gradients"}
+
+
+@pytest.mark.parametrize("settings", [OF_GRADIENTS, {"basis": "none", "diagonal": "gradients"}], ids=str)
+def test_what_estimates_no_curvature_has_no_settings_of_an_estimate(settings):
+    names = ("curvature_rows", "curvature_chunks", "curvature_noise")
+    chosen = resolved(optimizer="sophia-k", **settings)
+    assert {getattr(chosen, name) for name in names} == {None}
+    assert chosen.eps is not None
+    assert resolved(optimizer="sophia-k", **settings, others="curvature").curvature_rows is not None
+    for name, value in zip(names, (2, 2, "labels"), strict=True):
+        message = rf"{name} is {value}, but this sophia-k is made of gradients alone .*: leave it out, or choose"
+        with pytest.raises(ValueError, match=message):
+            resolved(optimizer="sophia-k", **settings, **{name: value})
+        assert getattr(resolved(optimizer="sophia-k", **settings, others="curvature", **{name: value}), name) == value
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia-g", "sophia-h", "torch.optim:SGD"])

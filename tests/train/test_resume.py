@@ -80,8 +80,9 @@ EXACT = ("step", "refreshes", "_statistics", "_basis", "exp_avg_sq")  # of Sophi
     [
         {"state-dtype": "bf16", "basis": "both", "others": "curvature", "refresh-when": "after"},
         {"factors": "gradients", "curvature-noise": "labels", "update-rms": 0, "orthogonalize": 0, "lr": 1e-3},
-        {"diagonal": "gradients", "exponent": 0.5, "clip": "False", "nesterov": "False"},
-        {"factors": "gradients", "diagonal": "gradients"},
+        {"diagonal": "gradients", "exponent": 0, "clip": "False", "nesterov": "False", "split-qkv": "False"},
+        {"factors": "gradients", "diagonal": "gradients", "nu": 1, "product-dtype": "bf16"},
+        {"basis": "none", "diagonal": "gradients", "exponent": 1, "nu": 0.2, "curvature-interval": 10},
     ],
     ids=" ".join,
 )
