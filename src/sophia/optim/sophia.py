@@ -183,6 +183,8 @@ class Sophia(Optimizer):
 
         Leaves `.grad` and the global random generators as it found them. In a distributed run all ranks call it, with
         the same number of forwards. Within a refresh dropout draws from generators seeded by (seed, step, rank).
+        Buffers that a forward changes, as BatchNorm's statistics, stay changed: `attach` restores them, or see
+        docs/vision.md.
 
         Args:
             forward: returns the logits of one micro-batch ([..., vocab], an object with `.logits`, or (logits, mask)
@@ -244,7 +246,8 @@ class Sophia(Optimizer):
             mask: from the model's inputs, sliced to `max_batch` rows, to a bool mask of shape logits.shape[:-1]. None
                 takes the predictions that the loss in the model's output depends on (−100 among `labels` does not
                 count, and labels may be shifted); without labels or a loss all count.
-            max_batch: rows of the batch, per rank, that the estimate is made from.
+            max_batch: rows of the batch, per rank, that the estimate is made from; all of them where the loss or
+                BatchNorm couples rows, as a contrastive loss does.
 
         Returns:
             The optimizer, so that `SophiaG(model.parameters()).attach(model)` is one line.
