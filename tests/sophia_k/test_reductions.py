@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 from sophia import SophiaG, SophiaK
 from sophia.curvature import GaussNewtonBartlett
 from sophia.optim import adam_step
-from sophia.optim.matrix_update import MatrixRule, direction
+from sophia.optim.matrix_update import MatrixRule, bound, direction
 from sophia.optim.soap import SOAP
 from tests.baselines.references import newton_schulz
 from tests.regression import regression, train
@@ -218,7 +218,7 @@ def test_a_momentum_next_to_nothing_does_not_blow_up(size, orthogonalize):
         product_dtype=None,
     )
     x = torch.full((4, 6), size)
-    u = direction(x, torch.ones(4, 6), (None, None), rule)
+    u = direction(x, bound(torch.ones(4, 6), (None, None), rule), (None, None), rule)
     assert u.isfinite().all()
     assert u.square().mean().sqrt() < 0.25
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from sophia.optim import kronecker, update
 from sophia.optim.dtensor import local, localise, shards
 from sophia.optim.eigenbasis import DecompositionError, full_precision, rotate
+from sophia.optim.matrix_bounds import Bounds
 from sophia.optim.matrix_member import Member
 from sophia.optim.matrix_rounds import gathered, rounds, scattered
-from sophia.optim.matrix_update import adam, direction, scaled
+from sophia.optim.matrix_update import adam, bound, direction, scaled
 from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
 from sophia.optim.rows import on_device
@@ -36,6 +37,8 @@ class MatrixStep:
     """Steps from one basis of gradients to the next."""
     replicas: Callable[[], Replicas]
     """Gives the ranks."""
+    bounds: Bounds
+    """Of the steps before."""
 
     def move(self, members: Sequence[Member], grad_scale: Tensor | None) -> None:
         """Update parameters of a group, whose momenta have this step's gradients already.
@@ -66,10 +69,12 @@ class MatrixStep:
             if not one.samples_diagonal:
                 _write(one, adam(_ahead(one, own, m, g), diagonal))
             elif rms is None or shards(one.p) == 1:
-                u = direction(m.reshape(1, -1), diagonal.reshape(1, -1), kronecker.NO_BASIS, one.rule)
+                divisor = bound(diagonal, kronecker.NO_BASIS, one.rule)
+                u = direction(m.reshape(1, -1), divisor.reshape(1, -1), kronecker.NO_BASIS, one.rule)
                 _write(one, u.reshape(m.shape))
             else:  # other shards count, too
-                shared.append((one, direction(m, diagonal, kronecker.NO_BASIS, replace(one.rule, update_rms=None))))
+                divisor = bound(diagonal, kronecker.NO_BASIS, one.rule)
+                shared.append((one, direction(m, divisor, kronecker.NO_BASIS, replace(one.rule, update_rms=None))))
         if shared:
             replicas = self.replicas()
             parts = [u.square().sum() * (replicas.shard_weight(one.p) / one.p.numel()) for one, u in shared]
@@ -92,9 +97,10 @@ class MatrixStep:
                 diagonals.append(diagonal)
         if moving:
             bases = zip(*(kronecker.basis(self.states[one.p]) for one in moving), strict=True)
-            x, diagonal = torch.stack(along), torch.stack(diagonals)
+            x, rule = torch.stack(along), moving[0].rule
             rows, columns = (_stacked(side, x.ndim) for side in bases)
-            for one, u in zip(moving, direction(x, diagonal, (rows, columns), moving[0].rule), strict=True):
+            divisor = self.bounds.of(moving, self.states, diagonals, (rows, columns), rule)
+            for one, u in zip(moving, direction(x, divisor, (rows, columns), rule), strict=True):
                 _write(one, one.whole(u))
         for one, g in zip(several, gradients, strict=True):
             self._follow(one, self.states[one.p], g)
@@ -115,7 +121,8 @@ class MatrixStep:
         x = gathered(moving, [_along(one, self.states[one.p], given[one.p]) for one in moving])
         u = None
         if mine is not None and x is not None and diagonal is not None:
-            u = mine.whole(direction(mine.parts(x), diagonal, kronecker.basis(self.states[mine.p]), mine.rule))
+            basis = kronecker.basis(self.states[mine.p])
+            u = mine.whole(direction(mine.parts(x), bound(diagonal, basis, mine.rule), basis, mine.rule))
         for one, part in zip(moving, scattered(moving, u, gradients[0]), strict=True):
             _write(one, part)
         if mine is not None and g is not None:
@@ -127,11 +134,11 @@ class MatrixStep:
             return one.parts(local(own["hessian"]).to(update.compute_dtype(one.p)))
         assert g is not None
         beta2, t = one.group["betas"][1], int(own["step"])
-        squares = one.whole(rotate(one.parts(g), *kronecker.basis(own)).square())
+        turned = one.whole(rotate(one.parts(g), *kronecker.basis(own)))
         if "exp_avg_sq" not in own:  # since 1 - beta2^t corrects an average of t
             own["exp_avg_sq"] = one.zeros("exp_avg_sq", g.dtype)
-            local(own["exp_avg_sq"]).add_(squares, alpha=1 - beta2 ** (t - 1))
-        average = local(own["exp_avg_sq"]).mul_(beta2).add_(squares, alpha=1 - beta2)
+            local(own["exp_avg_sq"]).addcmul_(turned, turned, value=1 - beta2 ** (t - 1))
+        average = local(own["exp_avg_sq"]).mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
         corrected: Tensor = average / (1 - beta2**t)
         return one.parts(corrected)
 
@@ -197,7 +204,7 @@ def _ahead(one: Member, own: Mapping[str, Any], m: Tensor, g: Tensor) -> Tensor:
     nu: float = one.group["nu"]
     correction: float = 1 - one.group["betas"][0] ** int(own["step"])
     corrected = m / correction
-    return corrected if nu == 1 else corrected.lerp(g, 1 - nu)
+    return corrected if nu == 1 else corrected.lerp_(g, 1 - nu)
 
 
 def _along(one: Member, own: Mapping[str, Any], g: Tensor) -> Tensor:
@@ -211,4 +218,8 @@ def _write(one: Member, u: Tensor) -> None:
     p, lr = local(one.p), one.group["lr"]
     if isinstance(lr, Tensor):
         lr = on_device(lr.reshape(()), p.device)
-    update.write(p, p.to(u.dtype) * (1 - lr * one.group["weight_decay"]) - lr * u)
+    kept = 1 - lr * one.group["weight_decay"]
+    if p.dtype == u.dtype:
+        p.mul_(kept).sub_(lr * u)
+    else:
+        update.write(p, p.to(u.dtype) * kept - lr * u)

@@ -42,24 +42,24 @@ class MatrixRule:
     """In which rotations and Newton-Schulz steps are computed; None is that of the momentum."""
 
 
-def direction(x: Tensor, diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
+def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
     """What a parameter moves by, for a learning rate of −1.
 
-        u = clip(Q_Rᵀ x Q_C / max(γ Dᵖ, ε), ±1)
+        u = clip(Q_Rᵀ x Q_C / divisor, ±1)
         u ← Q_R u Q_Cᵀ,  orthogonalized,  scaled to its root mean square
 
     Args:
         x: the momentum, in the parameter's own basis, [rows, columns], or [matrices, rows, columns] of several at once;
             of a parameter that is no matrix, whatever its shape, as one row.
-        diagonal: D, x's shape, not negative, in the basis.
+        divisor: max(γ Dᵖ, ε) as of :func:`bound`, x's shape.
         basis: what it is turned by, [matrices, side, side] for several.
         rule: the rest.
     """
     low = rule.product_dtype or x.dtype
     rows, columns = (None if side is None else side.to(low) for side in basis)
-    u = rotate(x.to(low), rows, columns).to(x.dtype) / bound(diagonal, basis, rule)
+    u = rotate(x.to(low), rows, columns).to(x.dtype) / divisor
     if rule.clip:
-        u = u.clamp(-1, 1)
+        u.clamp_(-1, 1)
     u = rotate_back(u.to(low), rows, columns)
     if rule.orthogonalize:
         u = newton_schulz(u, rule.orthogonalize)
@@ -109,4 +109,4 @@ def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
 
 def adam(m: Tensor, squares: Tensor) -> Tensor:
     """Adam's update for a learning rate of −1 (Kingma and Ba 2015, arXiv 1412.6980), of bias-corrected averages."""
-    return m / (squares.sqrt() + ADAM_EPS)
+    return m / squares.sqrt().add_(ADAM_EPS)

@@ -28,6 +28,7 @@ from sophia.optim import (
 )
 from sophia.optim.curvature import GaussNewtonBartlett
 from sophia.optim.dtensor import local, localise, shards
+from sophia.optim.matrix_bounds import Bounds
 from sophia.optim.matrix_member import Member
 from sophia.optim.matrix_refresh import Chunks, MatrixRefresh, as_chunks, refreshed
 from sophia.optim.matrix_step import TOGETHER as TOGETHER
@@ -233,6 +234,7 @@ class SophiaK(SophiaG):
             return self._fold_chunks(chunks, replicas)
 
     def _fold_chunks(self, chunks: Callable[[], Chunks], replicas: Replicas) -> bool:
+        self._bounds.clear()
         return MatrixRefresh(
             members=list(self._members()),
             states=self.state,
@@ -288,6 +290,7 @@ class SophiaK(SophiaG):
             unturned=self._unturned,
             interval=self._clock.interval,
             replicas=self._replicas,
+            bounds=self._bounds,
         ).move(moving, grad_scale)
 
     # ---- stats
@@ -382,6 +385,7 @@ class SophiaK(SophiaG):
         self._places: dict[Tensor, matrix_owners.Place | None] = {}
         # Matrices whose bases are none yet: their state is of SophiaG, or their eigenvectors were not found.
         self._unturned: set[Tensor] = set()
+        self._bounds = Bounds()
 
     def _members(self) -> Iterator[Member]:
         return (self._member(p, group) for group in self.param_groups for p in group["params"])
@@ -424,6 +428,7 @@ class SophiaK(SophiaG):
 
     def _complete_state(self) -> None:
         self._places.clear()  # parameters, and which matrices are hidden, may be others
+        self._bounds.clear()
         self._unturned.clear()
         for one in self._members():
             if self.state.get(one.p):
