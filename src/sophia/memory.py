@@ -438,7 +438,7 @@ class _Step:
     @property
     def step_temporaries(self) -> int:
         """Updates of Lion, Signum and NAdamW; Sophia's two in buckets, where they are not cut to the CPU's cache; for
-        Muon, SOAP and Sophia-K products, or on shards AdamW's rule for the embedding.
+        Muon, SOAP and Sophia-K products, or Sophia-K's rule for the embedding.
         """
         if self.optimizer in ("lion", "signum"):
             return self.model
@@ -446,11 +446,12 @@ class _Step:
             return 2 * self.model
         squared = self.config.width**2
         # Of the largest, 4 W · W, so many are turned together; the rest is by measurement.
+        others = (6 if self.sharded else 4) * self.count.embedding  # Adam's rule by our own arithmetic
         alike = min(self.config.layers, max(1, TOGETHER // (4 * squared)))
         products = {
             "muon": 4 * 4 * squared,  # a bf16 product and its operands, of the largest matrix
             "soap": 4 * _FP32 * max(self.count.embedding, 4 * squared),
-            "sophia-k": _FP32 * (max(6 * self.count.embedding, 25 * squared) if self.sharded else 34 * squared * alike),
+            "sophia-k": _FP32 * max(others, (25 if self.sharded else 34 * alike) * squared),
         }
         if self.optimizer in products:
             return products[self.optimizer]

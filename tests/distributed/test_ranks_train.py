@@ -30,7 +30,10 @@ RUNS = {
         **{"gamma": "auto", "clip_target": 0.6, "bias_correction": True, "eps": 1e-9},
     },
     # Behind LayerNorm a matrix has directions without any gradient: a small eps would make an update of rounding there.
-    "matrices": {"optimizer": "sophia-k", "curvature_rows": 7, "curvature_chunks": 4, "eps": 1e-5},
+    "matrices": {
+        **{"optimizer": "sophia-k", "gamma": 0.2, "exponent": 1.0},
+        **{"curvature_rows": 7, "curvature_chunks": 4, "eps": 1e-5},
+    },
     "curvature for all": {
         "optimizer": "sophia-k",
         **{"curvature_rows": 3, "curvature_chunks": 2, "others": "curvature", "refresh_when": "after", "eps": 1e-5},

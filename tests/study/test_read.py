@@ -260,7 +260,7 @@ MISTAKES = [
     (matrices("gamma = 'auto'"), ["optimizer sophia-k: gamma is auto", "give a number"]),
     (matrices("clip = 1"), ["optimizer sophia-k: clip is 1; it must be true or false"]),
     (matrices('recipe = "paper"'), ["recipe is paper, which has no settings for sophia-k"]),
-    (matrices("search = {exponent = [0.5, 0]}"), ["optimizer sophia-k: search: exponent is 0.0"]),
+    (matrices("search = {exponent = [0.5, -1]}"), ["optimizer sophia-k: search: exponent is -1.0"]),
     (matrices("search = {orthogonalize = [5]}"), ["search.orthogonalize holds nothing but 5, which it is"]),
     (matrices("search = {orthogonalize = [0, -5]}"), ["optimizer sophia-k: search: orthogonalize is -5"]),
     (matrices("search = {clip_target = [0.5]}"), ["clip_target has no meaning for sophia-k"]),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 
 
@@ -17,6 +17,11 @@ def sharded_parameters() -> Iterator[Tensor]:
     """The parameters that receive gradients; the graph of a forward ends in gathered copies of them."""
     for held in _held():
         yield held.sharded_param
+
+
+def shards(model: nn.Module) -> bool:
+    """Whether any module of a model is FSDP2's, whose parameters may be whole at the moment."""
+    return any(module in _module_state_mapping for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from sophia.optim import fsdp
 from sophia.optim.dtensor import is_dtensor
 
 IGNORED_LABEL = -100  # torch's default ignore_index of cross_entropy
@@ -73,8 +74,11 @@ class CountedPredictions:
         return None
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP2 would take a backward pass through the loss alone for a training step's."""
-        return any(is_dtensor(p) for p in self._model.parameters())
+        """Whether FSDP2 would take a backward pass through the loss alone for a training step's.
+
+        Between forward and backward the root's parameters are whole, so the modules are asked, too.
+        """
+        return fsdp.shards(self._model) or any(is_dtensor(p) for p in self._model.parameters())
 
 
 def loss_of(output: Any) -> Tensor | None:

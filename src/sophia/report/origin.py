@@ -21,8 +21,8 @@ def conditions(results: Results) -> Markup:
     headline = ", ".join(str(seed) for seed in items(study, "headline_seeds"))
     budgets = ", ".join(numbers.budget(tokens, results.tokens) for tokens in items(study, "budgets"))
     factor = numbers.setting("factor", study.get("factor"))
-    share = study.get("search_budget", 1.0)
-    shorter = "" if share == 1.0 else f" at {numbers.budget(share * results.tokens, results.tokens)}"
+    share = study.get("search_budget")
+    shorter = "" if share in (None, 1.0) else f" at {numbers.budget(share * results.tokens, results.tokens)}"
     rule = (
         f"{numbers.whole(study.get('trials'))} trials each{shorter}, learning rates a factor of {factor} apart, seed "
         f"{study.get('search_seed', numbers.MISSING)}; at other budgets and batches "
