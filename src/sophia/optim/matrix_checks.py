@@ -82,7 +82,7 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
             f"exponent={group['exponent']!r} must be a finite number of at least 0, where D counts for nothing"
         )
     if not checks.is_number(group["nu"]) or not 0 <= group["nu"] <= 1:
-        raise ValueError(f"nu={group['nu']!r} must be a number between 0 and 1, which is Adam's rule")
+        raise ValueError(f"nu={group['nu']!r} must be a number between 0 and 1 (1 is Adam's rule)")
     if group["update_rms"] is not None:
         _above_zero("update_rms", group["update_rms"], "or None")
     if not checks.is_number(group["rtol"]) or not 0 <= group["rtol"] < 1:
