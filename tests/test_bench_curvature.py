@@ -71,7 +71,8 @@ def test_training_leaves_a_model_whose_predictions_are_not_uniform():
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(1, (1, 1)), (3, (3, 3)), (16, (4, 4)), (64, (4, 4)), (480, (30, 4)), (960, (60, 4))]
+    ("rows", "expected"),
+    [(1, (1, 1)), (3, (1, 1)), (8, (2, 2)), (16, (4, 4)), (64, (4, 4)), (480, (30, 4)), (960, (60, 4))],
 )
 def test_what_estimates_are_made_from_by_default(rows, expected):
     assert default_curvature(rows) == expected

@@ -43,7 +43,7 @@ from sophia.model import GPTConfig
 from sophia.optim.kronecker import Sides, turned
 from sophia.optim.products import BLOCK
 from sophia.optim.soap import LARGEST as SOAP_LARGEST
-from sophia.optim.sophia_k import TOGETHER, SophiaK
+from sophia.optim.sophia_k import SophiaK, together
 from sophia.optim.update import BUCKET
 
 Precision = Literal["fp32", "bf16"]
@@ -447,7 +447,7 @@ class _Step:
         squared = self.config.width**2
         # Of the largest, 4 W · W, so many are turned together; the rest is by measurement.
         others = (6 if self.sharded else 4) * self.count.embedding  # Adam's rule by our own arithmetic
-        alike = min(self.config.layers, max(1, TOGETHER // (4 * squared)))
+        alike = min(self.config.layers, max(1, together(self.device) // (4 * squared)))
         products = {
             "muon": 4 * 4 * squared,  # a bf16 product and its operands, of the largest matrix
             "soap": 4 * _FP32 * max(self.count.embedding, 4 * squared),

@@ -22,10 +22,12 @@ from sophia.model import GPTConfig
 
 # What a curvature estimate is made from, for all sizes. A sixteenth of the batch every tenth step is 0.6 % of the
 # gradients' work, and squared in four parts it is nearer to the whole batch's curvature than the official estimate from
-# all of it in one part (`sophia bench curvature`). The paper's Sophia-H takes about as much, 32 sequences of 480.
+# all of it in one part (`sophia bench curvature`). The paper's Sophia-H takes about as much, 32 sequences of 480. In a
+# small step a part for each chunk is more than a sixteenth, but at most a quarter: 2.5 % of the work.
 CURVATURE_INTERVAL = 10
 CURVATURE_CHUNKS = 4
 _CURVATURE_SHARE = 16
+_LARGEST_CURVATURE_SHARE = 4
 
 # What the paper has for all of its sizes.
 _PAPER: Mapping[str, Mapping[str, float]] = {
@@ -118,7 +120,7 @@ def paper_recipe(optimizer: str, rows: int) -> Mapping[str, float]:
 
 def default_curvature(rows: int) -> tuple[int, int]:
     """Sequences of a step's so many that curvature is estimated from, and the chunks that they are dealt to."""
-    chosen = max(min(rows, CURVATURE_CHUNKS), rows // _CURVATURE_SHARE)
+    chosen = max(min(rows // _LARGEST_CURVATURE_SHARE, CURVATURE_CHUNKS), rows // _CURVATURE_SHARE, 1)
     return chosen, min(CURVATURE_CHUNKS, chosen)
 
 

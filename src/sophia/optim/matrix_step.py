@@ -19,8 +19,10 @@ from sophia.optim.reach import Reach
 from sophia.optim.replicas import Replicas
 from sophia.optim.rows import on_device
 
-# Elements of matrices that are turned together: three of gpt2-small's largest.
+# Elements of matrices that are turned together: on a GPU, which waits for launches, three of gpt2-small's largest; on a
+# CPU what its cache holds.
 TOGETHER = 1 << 23
+TOGETHER_ON_CPU = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +91,19 @@ class MatrixStep:
             gradients: of each.
         """
         moving, along, diagonals = [], [], []
+        exact, rule = update.compute_dtype(several[0].p), several[0].rule
         for one, g in zip(several, gradients, strict=True):
             diagonal = self._diagonal(one, self.states[one.p], g)
             if one.p in self.reach:
                 moving.append(one)
-                along.append(one.parts(_along(one, self.states[one.p], g)))
+                along.append(one.parts(_along(one, self.states[one.p], g)).to(rule.product_dtype or exact))
                 diagonals.append(diagonal)
         if moving:
             bases = zip(*(kronecker.basis(self.states[one.p]) for one in moving), strict=True)
-            x, rule = torch.stack(along), moving[0].rule
-            rows, columns = (_stacked(side, x.ndim) for side in bases)
+            rows, columns = (_stacked(side, along[0].ndim + 1) for side in bases)
             divisor = self.bounds.of(moving, self.states, diagonals, (rows, columns), rule)
-            for one, u in zip(moving, direction(x, divisor, (rows, columns), rule), strict=True):
+            updates = direction(torch.stack(along), divisor, (rows, columns), rule, exact)
+            for one, u in zip(moving, updates, strict=True):
                 _write(one, one.whole(u))
         for one, g in zip(several, gradients, strict=True):
             self._follow(one, self.states[one.p], g)
@@ -174,11 +177,16 @@ def _alike(members: Iterable[Member]) -> Iterable[Sequence[Member]]:
     for one in members:
         kind = (one.p.shape, update.compute_dtype(one.p), one.p.device)
         several = found.setdefault(kind, [])
-        if (len(several) + 1) * one.p.numel() > TOGETHER and several:
+        if (len(several) + 1) * one.p.numel() > together(one.p.device.type) and several:
             yield several
             several = found[kind] = []
         several.append(one)
     yield from found.values()
+
+
+def together(device_type: str) -> int:
+    """Elements of matrices that are turned together on "cpu", "cuda" and so on."""
+    return TOGETHER_ON_CPU if device_type == "cpu" else TOGETHER
 
 
 def _stacked(side: Sequence[Tensor | None], ndim: int) -> Tensor | None:
@@ -220,6 +228,10 @@ def _write(one: Member, u: Tensor) -> None:
         lr = on_device(lr.reshape(()), p.device)
     kept = 1 - lr * one.group["weight_decay"]
     if p.dtype == u.dtype:
-        p.mul_(kept).sub_(lr * u)
+        p.mul_(kept)
+        if isinstance(lr, Tensor):
+            p.sub_(lr * u)
+        else:
+            p.add_(u, alpha=-lr)
     else:
         update.write(p, p.to(u.dtype) * kept - lr * u)

@@ -3,6 +3,7 @@
 A function of plain tensors that knows no optimizer and takes no decision about *when*.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,16 @@ class MatrixRule:
     rtol: float
     """Mean curvature of a direction of the basis, over that of the matrix, below which it counts as rounding."""
     product_dtype: torch.dtype | None
-    """In which rotations and Newton-Schulz steps are computed; None is that of the momentum."""
+    """In which rotations, quotients and Newton-Schulz steps are computed; None is that of the momentum."""
 
 
-def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
+def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule, dtype: torch.dtype | None = None) -> Tensor:
     """What a parameter moves by, for a learning rate of −1.
 
         u = clip(Q_Rᵀ x Q_C / divisor, ±1)
         u ← Q_R u Q_Cᵀ,  orthogonalized,  scaled to its root mean square
+
+    All of it is computed in the rule's `product_dtype`, quotients too: a pass over memory costs as much as a product.
 
     Args:
         x: the momentum, in the parameter's own basis, [rows, columns], or [matrices, rows, columns] of several at once;
@@ -54,17 +57,18 @@ def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule) -> Ten
         divisor: max(γ Dᵖ, ε) as of :func:`bound`, x's shape.
         basis: what it is turned by, [matrices, side, side] for several.
         rule: the rest.
+        dtype: of the result; None is that of x.
     """
-    low = rule.product_dtype or x.dtype
+    dtype = dtype or x.dtype
+    low = rule.product_dtype or dtype
     rows, columns = (None if side is None else side.to(low) for side in basis)
-    u = rotate(x.to(low), rows, columns).to(x.dtype) / divisor
+    u = rotate(x.to(low), rows, columns) / divisor.to(low)
     if rule.clip:
         u.clamp_(-1, 1)
-    u = rotate_back(u.to(low), rows, columns)
+    u = rotate_back(u, rows, columns)
     if rule.orthogonalize:
         u = newton_schulz(u, rule.orthogonalize)
-    u = u.to(x.dtype)
-    return u if rule.update_rms is None else scaled(u, rule.update_rms)
+    return u.to(dtype) if rule.update_rms is None else scaled(u, rule.update_rms, dtype=dtype)
 
 
 def bound(diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
@@ -95,16 +99,23 @@ def measured(diagonal: Tensor, basis: Basis, rtol: float) -> Tensor:
     return torch.where(missed[0] | missed[-1], mean, diagonal)
 
 
-def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None) -> Tensor:
+def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """U to the root mean square ``rms``; zeros stay zeros, and what is next to them stays small.
 
     Args:
         u: [..., rows, columns]; any shape with its mean square.
         rms: wanted.
         mean_square: of what u is a part of; None where it is all.
+        dtype: of the result; None is that of u.
     """
-    present = u.square().mean(dim=(-2, -1), keepdim=True) if mean_square is None else mean_square
-    return u * (rms / present.sqrt().clamp_min(_LEAST))
+    dtype = dtype or u.dtype
+    if mean_square is None:
+        size = math.prod(u.shape[-2:])
+        present = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=dtype) / size**0.5
+    else:
+        present = mean_square.sqrt()
+    factor = rms / present.clamp_min(_LEAST)
+    return u * factor if u.dtype == dtype else u.to(dtype).mul_(factor)
 
 
 def adam(m: Tensor, squares: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from sophia.optim.dtensor import local, localise, shards
 from sophia.optim.matrix_bounds import Bounds
 from sophia.optim.matrix_member import Member
 from sophia.optim.matrix_refresh import Chunks, MatrixRefresh, as_chunks, refreshed
-from sophia.optim.matrix_step import TOGETHER as TOGETHER
 from sophia.optim.matrix_step import MatrixStep
+from sophia.optim.matrix_step import together as together
 from sophia.optim.replicas import Replicas
 from sophia.optim.variants import SophiaG
 
