@@ -9,7 +9,7 @@ _AMPERE = (8, 0)
 
 
 def product_dtype(chosen: str | None, device: torch.device, exact: torch.dtype) -> torch.dtype | None:
-    """The dtype of rotations and Newton-Schulz steps, None for that of the arithmetic.
+    """The dtype of rotations, quotients and Newton-Schulz steps, None for that of the arithmetic.
 
     Args:
         chosen: the setting: a dtype's name, None, or "auto": bf16 in place of fp32 where the device is made for it.

@@ -93,9 +93,10 @@ class SophiaK(SophiaG):
             `in_proj_weight`), in a group of such weights. The basis of the shorter side, their common inputs, is one
             for all, and the one that "smaller" takes where each of them is square.
         max_basis_dim: largest side that gets a basis, which costs two square matrices of that size.
-        product_dtype: in which rotations and Newton-Schulz steps are computed: torch.bfloat16 is a multiple faster
-            where the hardware has it, for rounding errors of a few per cent of an update; "auto" takes it there in
-            place of fp32 (CUDA from compute capability 8 on, CPUs with AMX). None is fp32 (fp64 for fp64 parameters).
+        product_dtype: in which rotations, quotients and Newton-Schulz steps are computed: torch.bfloat16 is a multiple
+            faster where the hardware has it, for rounding errors of a few per cent of an update; "auto" takes it there
+            in place of fp32 (CUDA from compute capability 8 on, CPUs with AMX). None is fp32, or fp64 for fp64
+            parameters.
         estimator: a Gauss-Newton-Bartlett estimator; None is one with random signs.
 
     The remaining arguments are those of :class:`Sophia`. There are no foreach, fused or capturable paths: products of
