@@ -107,7 +107,7 @@ class OptimizerSettings:
     at the new weights, as the authors' code does. The first estimate comes before the first update in any case."""
     curvature_rows: int | None = None
     """Sophia: sequences of the batch from which curvature is estimated; open: a sixteenth of them, or four where that
-    is no more than a quarter."""
+    is no more than a quarter, and one at least for each chunk that is asked for."""
     curvature_chunks: int | None = None
     """Sophia-G and -K: parts of those sequences whose sampled gradients are squared apart; more give less noise. Open:
     4, or as many as keep each within a micro-batch."""

@@ -208,6 +208,7 @@ def _curvature(total: int, chosen: OptimizerSettings) -> dict[str, Any]:
     rows = chosen.curvature_rows
     if rows is None:
         rows, _ = default_curvature(total)
+        rows = min(total, max(rows, chosen.curvature_chunks or 0))  # a sequence for each chunk that was asked for
     if rows > total:
         raise ValueError(f"curvature_rows is {rows}, but a step has {total} sequences: choose at most that")
     if chosen.optimizer == "sophia-h":
