@@ -4,7 +4,7 @@
 
 The images are scikit-learn's 1797 handwritten digits. Every optimizer is searched by one rule with one number of trials
 (`sophia.study.search`), on seeds and images of their own; then come fresh seeds, in pairs of equal weights, batches and
-schedule (docs/protocol.md). Two or three minutes on two cores; needs the extra `examples`. --quick is for tests.
+schedule (docs/protocol.md). About two minutes on two cores; needs the extra `examples`. --quick is for tests.
 """
 
 import argparse
