@@ -13,13 +13,13 @@ from tests.sophia_k import drawn
 SHAPE = (4, 6)
 
 
-def fresh():
+def fresh(**settings):
     """Two matrices alike, refreshed, after a step whose divisors are kept."""
     source = drawn.generator(3)
     params = [nn.Parameter(drawn.normal(SHAPE, source)) for _ in range(2)]
     for p in params:
         p.grad = drawn.normal(SHAPE, source)
-    optimizer = SophiaK(params, lr=0.1, exponent=0.5, orthogonalize=0, update_rms=None)
+    optimizer = SophiaK(params, lr=0.1, exponent=0.5, orthogonalize=0, update_rms=None, **settings)
     assert optimizer.update_curvature([0.3 * drawn.normal((5, *SHAPE), source) for _ in params])
     optimizer.step()
     return params, optimizer
@@ -65,6 +65,32 @@ def test_a_step_is_that_of_an_optimizer_that_keeps_nothing(change, monkeypatch):
         found.append([p.detach() - old for p, old in zip(params, before, strict=True)])
     for kept, computed in zip(*found, strict=True):
         assert torch.equal(kept, computed)
+
+
+def test_divisors_kept_in_bf16_are_those_computed_anew(monkeypatch):
+    """Where quotients are taken in bf16, rounding a divisor once or in every step is the same."""
+    found = []
+    for largest in (matrix_bounds.LARGEST, 0):
+        monkeypatch.setattr(matrix_bounds, "LARGEST", largest)
+        params, optimizer = fresh(product_dtype=torch.bfloat16)
+        optimizer.step()
+        found.append([p.detach().clone() for p in params])
+    for kept, computed in zip(*found, strict=True):
+        assert torch.equal(kept, computed)
+
+
+def test_a_step_hangs_on_no_company(monkeypatch):
+    """Matrices that are turned together or one by one, as the cache's size has it, move alike."""
+    found, together = [], []
+    direction = matrix_step.direction
+    monkeypatch.setattr(matrix_step, "direction", lambda x, *rest: together.append(len(x)) or direction(x, *rest))
+    for most in (matrix_step.TOGETHER_ON_CPU, 1):
+        monkeypatch.setattr(matrix_step, "TOGETHER_ON_CPU", most)
+        params, _ = fresh()
+        found.append([p.detach().clone() for p in params])
+    assert together == [2, 1, 1]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_divisors_are_computed_once_between_refreshes(monkeypatch):

@@ -49,7 +49,8 @@ def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule, dtype:
         u = clip(Q_Rᵀ x Q_C / divisor, ±1)
         u ← Q_R u Q_Cᵀ,  orthogonalized,  scaled to its root mean square
 
-    All of it is computed in the rule's `product_dtype`, quotients too: a pass over memory costs as much as a product.
+    All of it is computed in the rule's `product_dtype`, quotients too: fp32 between the products is two more passes
+    over memory.
 
     Args:
         x: the momentum, in the parameter's own basis, [rows, columns], or [matrices, rows, columns] of several at once;
