@@ -27,7 +27,7 @@ from sophia.study.measured import Cost
 from sophia.study.plan import Plan, plan
 from sophia.study.pool import Pool
 from sophia.study.progress import Progress
-from sophia.study.reuse import reuse
+from sophia.study.reuse import Loan
 from sophia.study.runs import RunSpec
 from sophia.study.settings import Study
 from sophia.study.text import StudyText, open_text
@@ -117,26 +117,33 @@ class _Piece:
             text = open_text(self.study, self.out, note=self.say)
             ledger = Ledger(self.out, note=self.say)
             held = lock.take(self.out, read.frozen(self.study), text.dataset.fingerprint, begun=bool(ledger.runs))
+            loan = None
             if self.settings.reuse is not None:
-                self.say(
-                    f"{reuse(self.study, ledger, held, self.settings.reuse)} runs taken from {self.settings.reuse}"
-                )
+                loan = Loan(self.study, ledger, held, self.settings.reuse)
+                taken = loan.take()
+                held = self._tested(held, taken)
+                self.say(f"{len(taken)} runs taken from {self.settings.reuse}")
             state = plan(self.study, ledger.runs)
             if not state.done:
                 imports(self.study)
             (self.out / outcome.STUDY).write_text(self.file, encoding="utf-8")
             if not state.done:
-                state, held = self._advance(ledger, text, held)
+                state, held = self._advance(ledger, text, held, loan)
             if state.done:  # entries that were taken out again have left halves of runs
                 shutil.rmtree(self.out / "work", ignore_errors=True)
             costs = self._time(state, text) if state.done else timing.read(self.study, state, self.out)
             self._conclude(state, ledger, costs, text, held)
 
-    def _advance(self, ledger: Ledger, text: StudyText, held: lock.Lock) -> tuple[Plan, lock.Lock]:
+    def _tested(self, held: lock.Lock, specs: Sequence[RunSpec]) -> lock.Lock:
+        """From the first run on of an optimizer that is judged, its study is held to what it was then."""
+        if all(spec.optimizer == self.study.race.baseline for spec in specs):
+            return held
+        return lock.note_test(self.out, held, self.settings.study)
+
+    def _advance(self, ledger: Ledger, text: StudyText, held: lock.Lock, loan: Loan | None) -> tuple[Plan, lock.Lock]:
         def before(spec: RunSpec) -> None:
             nonlocal held
-            if spec.optimizer != self.study.race.baseline:
-                held = lock.note_test(self.out, held, self.settings.study)
+            held = self._tested(held, [spec])
 
         gpus, workers, threads = self._machine()
         job = Job(
@@ -150,7 +157,9 @@ class _Piece:
         signals = Signals()
         with signals.caught(), Progress(self.console, self.study) as progress:
             pool = Pool(job, workers=workers, gpus=gpus, note=progress.note)
-            state = advance(self.study, ledger, pool, progress, signals, minutes=self.settings.minutes, before=before)
+            state = advance(
+                self.study, ledger, pool, progress, signals, minutes=self.settings.minutes, before=before, loan=loan
+            )
         if signals.received:
             self.say(
                 f"{signal_name(signals.received)}: stopped with {len(ledger.runs)} finished runs, which are kept; "

@@ -64,10 +64,10 @@ def advance(optimizer, params, references, rows):
                 reference.step(grad.cpu().double().numpy(), bases(optimizer, p))
 
 
-def run(theta, grads, estimates, device="cpu", **settings):
+def run(theta, grads, estimates, device="cpu", fused=False, **settings):
     """One parameter after all steps: itself, the optimizer, the reference."""
     p = torch.nn.Parameter(theta.clone().to(device))
-    optimizer = SophiaK([p], **settings)
+    optimizer = SophiaK([p], fused=fused, **settings)
     reference = Parameter(theta.double().numpy(), **settings)
     rows = [([g.to(device)], None if e is None else [e.to(device)]) for g, e in zip(grads, estimates, strict=True)]
     advance(optimizer, [p], [reference], rows)

@@ -82,8 +82,8 @@ def test_divisors_kept_in_bf16_are_those_computed_anew(monkeypatch):
 def test_a_step_hangs_on_no_company(monkeypatch):
     """Matrices that are turned together or one by one, as the cache's size has it, move alike."""
     found, together = [], []
-    direction = matrix_step.direction
-    monkeypatch.setattr(matrix_step, "direction", lambda x, *rest: together.append(len(x)) or direction(x, *rest))
+    unscaled = matrix_step.unscaled
+    monkeypatch.setattr(matrix_step, "unscaled", lambda x, *rest: together.append(len(x)) or unscaled(x, *rest))
     for most in (matrix_step.TOGETHER_ON_CPU, 1):
         monkeypatch.setattr(matrix_step, "TOGETHER_ON_CPU", most)
         params, _ = fresh()
@@ -109,8 +109,8 @@ def test_divisors_are_computed_once_between_refreshes(monkeypatch):
 
 def test_copies_carry_no_divisors(monkeypatch):
     seen = []
-    direction = matrix_step.direction
-    monkeypatch.setattr(matrix_step, "direction", lambda x, *rest: seen.append(rest[0]) or direction(x, *rest))
+    unscaled = matrix_step.unscaled
+    monkeypatch.setattr(matrix_step, "unscaled", lambda x, *rest: seen.append(rest[0]) or unscaled(x, *rest))
     params, optimizer = fresh()
     again = copy.deepcopy(optimizer)
     assert "_bounds" not in optimizer.__getstate__()

@@ -6,9 +6,15 @@ import torch
 from torch import nn
 
 from sophia import SophiaK
+from sophia.optim import kernels
 from tests.sophia_k import drawn
 from tests.sophia_k.reference import Parameter
 from tests.test_rule import DEVICES
+
+# Where a step runs, and whether its passes over memory are fused, which they are on the CPU alone.
+PLACES = [(device, False) for device in DEVICES]
+if kernels.problem("cpu") is None:
+    PLACES.append(("cpu", True))
 
 # |result − reference|, relative to the size of the numbers. One place for all tests of the rule. Eigenvectors of fp32
 # statistics are off by the rounding over the gap between eigenvalues, and what is clipped or orthogonalized with them.
@@ -83,15 +89,15 @@ def compare_state(own, reference, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-def test_matrices_agree_with_the_reference(device, settings, shape, dtype):
+@pytest.mark.parametrize(("device", "fused"), PLACES)
+def test_matrices_agree_with_the_reference(device, fused, settings, shape, dtype):
     settings = {"lr": 0.05, "betas": (0.9, 0.8), "gamma": GAMMA, "curvature_interval": drawn.INTERVAL, **settings}
     if not settings.get("hidden", True) and settings.get("others") != "curvature":
         del settings["gamma"]  # Adam's rule has none
     theta, grads, estimates = drawn.draw(shape, dtype)
     if not settings.get("hidden", True):
         estimates = [None if e is None else e.square().sum(0) for e in estimates]
-    p, optimizer, reference = drawn.run(theta, grads, estimates, device, **settings)
+    p, optimizer, reference = drawn.run(theta, grads, estimates, device, fused, **settings)
     compare(p, reference.theta, dtype, "θ")
     compare_state(optimizer.state[p], reference, dtype)
 
@@ -103,10 +109,10 @@ def test_matrices_agree_with_the_reference(device, settings, shape, dtype):
     [{}, {"nu": 0.0}, {"nu": 0.3}, {"nu": 1.0}, {"others": "curvature"}, {"others": "curvature", **PLAIN}],
     ids=str,
 )
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_is_no_matrix_agrees_with_the_reference(device, settings, shape, dtype):
+@pytest.mark.parametrize(("device", "fused"), PLACES)
+def test_what_is_no_matrix_agrees_with_the_reference(device, fused, settings, shape, dtype):
     settings = {"lr": 0.05, "betas": (0.9, 0.8), "gamma": GAMMA, **settings}
-    p, optimizer, reference = drawn.run(*drawn.draw(shape, dtype), device, **settings)
+    p, optimizer, reference = drawn.run(*drawn.draw(shape, dtype), device, fused, **settings)
     compare(p, reference.theta, dtype, "θ")
     compare_state(optimizer.state[p], reference, dtype)
 

@@ -21,6 +21,7 @@ def parameter(shape=(3, 4)):
 
 
 OF_A_GROUP = [
+    ({"fused": 1}, "fused=1 must be True, False or None"),
     ({"basis": "left"}, "basis='left' must be one of 'both', 'smaller', 'none'"),
     ({"basis": None}, "basis=None must be one of"),
     ({"basis": ["both"]}, r"basis=\['both'\] must be one of"),
@@ -65,15 +66,13 @@ ONLY_THE_CONSTRUCTOR = [
     ({"state_dtype": torch.int8}, r"state_dtype=torch\.int8 must be"),
     ({"gradient_reduction": "avg"}, "gradient_reduction='avg' must say"),
     ({"ortogonalize": 5}, "SophiaK has no setting 'ortogonalize': did you mean 'orthogonalize'"),
-    ({"fused": True}, "SophiaK has no setting 'fused'"),
     ({"foreach": True}, "SophiaK has no setting 'foreach': there is one path only"),
     ({"bias_correction": False}, "SophiaK has no setting 'bias_correction'"),
     ({"rho": 0.04}, "SophiaK has no setting 'rho': .* gamma here"),
     ({"k": 10}, "'k': it is called curvature_interval here"),
 ]
 ONLY_A_GROUP = [
-    ({"fused": True}, "fused=True: SophiaK has one path, products of matrices; leave it out"),
-    ({"foreach": True}, "foreach=True: SophiaK has one path"),
+    ({"foreach": True}, "foreach=True: SophiaK has no such path, as products of matrices have none; leave it out"),
     ({"clip_target": 0.5}, r"clip_target=0\.5 has a meaning with gamma='auto' only"),
     ({"orthogonalise": 3}, "a param group has no setting 'orthogonalise': did you mean 'orthogonalize'"),
     ({"hiden": False}, "a param group has no setting 'hiden': did you mean 'hidden'"),

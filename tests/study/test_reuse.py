@@ -31,6 +31,18 @@ def test_the_runs_of_the_baseline_are_taken(whole, tmp_path, data, quick, capsys
     assert "0 runs taken" in capsys.readouterr().out
 
 
+def test_runs_that_are_wanted_later_are_taken_later(whole, tmp_path, data, quick, capsys):  # noqa: F811
+    """A longer curve of AdamW has to be made before the plan asks for Sophia-G, whose runs are there already."""
+    file = tiny.write_study(tmp_path, data, baseline_budgets=(0.5, 1.0, 2.0, 4.0))
+    assert sophia("compare", file, "--out", tmp_path / "out", "--reuse", whole[1]) == 0
+    theirs, ours = untimed(Ledger(whole[1])), untimed(Ledger(tmp_path / "out"))
+    assert {run.spec.optimizer for key, run in ours.items() if key not in theirs} == {"adamw"}
+    assert {run.spec.optimizer for key, run in ours.items() if key in theirs} == {"adamw", "sophia-g"}
+    assert all(ours[key] == theirs[key] for key in ours.keys() & theirs.keys())
+    assert "more runs taken that were made elsewhere" in capsys.readouterr().out
+    assert lock.read(tmp_path / "out").tested
+
+
 @pytest.mark.parametrize(
     ("race", "message"),
     [

@@ -70,13 +70,19 @@ def fold_gradient(state: Mapping[str, Any], gradient: Tensor, weight: float) -> 
     fold_outer(state.get("row_statistics"), state.get("column_statistics"), gradient, weight)
 
 
-def turn(state: dict[str, Any], diagonal: Tensor | None, bases: Basis | None = None) -> None:
+def turn(
+    state: dict[str, Any],
+    diagonal: Tensor | None,
+    bases: Basis | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> None:
     """Move the bases of a matrix, and take the diagonal along.
 
     Args:
         state: of the matrix; its bases are replaced.
         diagonal: [rows, columns], or of its parts, changed in place.
         bases: the new ones; None follows the eigenvectors of the statistics by one step of orthogonal iteration.
+        product_dtype: in which the diagonal is carried over; None is that of the bases.
     """
     overlaps: list[Tensor | None] = []
     for place, side in enumerate(("row", "column")):
@@ -88,7 +94,8 @@ def turn(state: dict[str, Any], diagonal: Tensor | None, bases: Basis | None = N
             state[f"{side}_basis"] = new
         overlaps.append(None if old is None or new is None else old.mT @ new)
     if diagonal is not None:
-        diagonal.copy_(carried(diagonal.to(_dtype(overlaps, diagonal)), *overlaps))
+        seen, sides = _lowered(diagonal.to(_dtype(overlaps, diagonal)), overlaps, product_dtype)
+        diagonal.copy_(carried(seen, *sides))
 
 
 def eigenbasis(state: Mapping[str, Any]) -> Basis:
@@ -100,6 +107,14 @@ def eigenbasis(state: Mapping[str, Any]) -> Basis:
 def _dtype(matrices: Iterable[Tensor | None], other: Tensor) -> torch.dtype:
     """That of the matrices, or of the other tensor where there are none."""
     return next((one.dtype for one in matrices if one is not None), other.dtype)
+
+
+def _lowered(x: Tensor, sides: Iterable[Tensor | None], dtype: torch.dtype | None) -> tuple[Tensor, Basis]:
+    """X and what it is multiplied by, in the dtype of the products; x as it is where there are none."""
+    rows, columns = sides
+    if dtype is None or (rows is None and columns is None):
+        return x, (rows, columns)
+    return x.to(dtype), (None if rows is None else rows.to(dtype), None if columns is None else columns.to(dtype))
 
 
 @dataclass
@@ -114,6 +129,8 @@ class Sums:
     """Of which of them there is one for all parts of the weight."""
     diagonal: bool = False
     """Whether squares are wanted."""
+    product_dtype: torch.dtype | None = None
+    """In which gradients are turned for them; None is that of the bases."""
     outer: dict[str, Tensor] = field(default_factory=dict)
     """`row`: Σ_c S_c S_cᵀ, `column`: Σ_c S_cᵀ S_c, of the sides that are turned."""
     squares: Tensor | None = None
@@ -135,7 +152,8 @@ class Sums:
                 matrix = gradient if side == "row" else gradient.mT
                 self._add_outer(side, matrix, one_for_all=shared)
         if self.diagonal:
-            seen = rotate(gradient, *self.basis)
+            low, basis = _lowered(gradient, self.basis, self.product_dtype)
+            seen = rotate(low, *basis).to(gradient.dtype)
             self.squares = seen * seen if self.squares is None else self.squares.addcmul_(seen, seen)
 
     def _add_outer(self, side: str, matrix: Tensor, *, one_for_all: bool) -> None:

@@ -69,9 +69,15 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             "gamma='auto' (a clip_target) follows coordinates in one basis; SophiaK has several: give gamma a number"
         )
-    for name in checks.PATHS:
+    for name in ("foreach", "capturable"):
         if group[name]:
-            raise ValueError(f"{name}=True: SophiaK has one path, products of matrices; leave it out")
+            raise ValueError(f"{name}=True: SophiaK has no such path, as products of matrices have none; leave it out")
+    elsewhere = {p.device.type for p in group["params"]} - {"cpu"}
+    if group["fused"] and elsewhere:
+        raise ValueError(
+            f"fused=True: SophiaK's passes over memory are fused on the CPU only, and there are parameters on "
+            f"{elsewhere.pop()}; leave it out"
+        )
     _check_shards(group["params"], group["hidden"])
     _check_split(group)
 

@@ -93,13 +93,18 @@ class Member(NamedTuple):
     @property
     def rule(self) -> MatrixRule:
         """Of its step; where it is no hidden matrix, Sophia's, to a length."""
-        names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "rtol", "product_dtype")
+        names = ("gamma", "eps", "exponent", "clip", "orthogonalize", "update_rms", "rtol")
         settings = {name: self.group[name] for name in names}
-        exact = update.compute_dtype(self.p)
-        settings["product_dtype"] = product_dtype(settings["product_dtype"], self.p.device, exact)
         if not self.hidden:
-            settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0, "product_dtype": None}
-        return MatrixRule(**settings)
+            settings |= {"exponent": 1.0, "clip": True, "orthogonalize": 0}
+        return MatrixRule(**settings, product_dtype=self.product_dtype)
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """In which it is turned; None is that of the arithmetic."""
+        if not self.hidden:
+            return None
+        return product_dtype(self.group["product_dtype"], self.p.device, update.compute_dtype(self.p))
 
     @property
     def follows_gradients(self) -> bool:

@@ -100,6 +100,7 @@ class MatrixRefresh:
             sides=one.sampled_sides,
             shared=one.shared,
             diagonal=one.samples_diagonal and not factors_only,
+            product_dtype=one.product_dtype,
         )
 
     def _add_up(self, sums: Mapping[Tensor, kronecker.Sums], chunks: Chunks) -> int:
@@ -139,7 +140,9 @@ class MatrixRefresh:
         diagonal = own.get(one.diagonal_name)
         if first is not None:  # what was averaged before, of gradients or by SophiaG, was averaged in others
             averaged = not one.samples_diagonal or int(own["refreshes"]) > 1
-            kronecker.turn(own, one.parts(diagonal) if averaged and diagonal is not None else None, first)
+            kronecker.turn(
+                own, one.parts(diagonal) if averaged and diagonal is not None else None, first, one.product_dtype
+            )
         if sums.squares is not None:
             update.fold_curvature(
                 [local(own["hessian"])],
@@ -151,7 +154,7 @@ class MatrixRefresh:
                 step=self.clock.time,
             )
         if any(one.sampled_sides) and first is None:
-            kronecker.turn(own, None if diagonal is None else one.parts(diagonal))
+            kronecker.turn(own, None if diagonal is None else one.parts(diagonal), None, one.product_dtype)
 
 
 def refreshed(states: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> bool:

@@ -63,13 +63,17 @@ def direction(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule, dtype:
     dtype = dtype or x.dtype
     low = rule.product_dtype or dtype
     rows, columns = (None if side is None else side.to(low) for side in basis)
-    u = rotate(x.to(low), rows, columns) / divisor.to(low)
+    u = unscaled(x.to(low), divisor.to(low), (rows, columns), rule)
+    return u.to(dtype) if rule.update_rms is None else scaled(u, rule.update_rms, dtype=dtype)
+
+
+def unscaled(x: Tensor, divisor: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
+    """What :func:`direction` gives, all arguments in the dtype of the products, before it gets its length."""
+    u = rotate(x, *basis) / divisor
     if rule.clip:
         u.clamp_(-1, 1)
-    u = rotate_back(u, rows, columns)
-    if rule.orthogonalize:
-        u = newton_schulz(u, rule.orthogonalize)
-    return u.to(dtype) if rule.update_rms is None else scaled(u, rule.update_rms, dtype=dtype)
+    u = rotate_back(u, *basis)
+    return newton_schulz(u, rule.orthogonalize) if rule.orthogonalize else u
 
 
 def bound(diagonal: Tensor, basis: Basis, rule: MatrixRule) -> Tensor:
@@ -110,13 +114,19 @@ def scaled(u: Tensor, rms: float, mean_square: Tensor | None = None, dtype: torc
         dtype: of the result; None is that of u.
     """
     dtype = dtype or u.dtype
+    factor = length_factor(u, rms, dtype, mean_square)
+    return u * factor if u.dtype == dtype else u.to(dtype).mul_(factor)
+
+
+def length_factor(u: Tensor, rms: float, dtype: torch.dtype, mean_square: Tensor | None = None) -> Tensor:
+    """What :func:`scaled` multiplies by, [..., 1, 1]."""
     if mean_square is None:
         size = math.prod(u.shape[-2:])
         present = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=dtype) / size**0.5
     else:
         present = mean_square.sqrt()
-    factor = rms / present.clamp_min(_LEAST)
-    return u * factor if u.dtype == dtype else u.to(dtype).mul_(factor)
+    factor: Tensor = rms / present.clamp_min(_LEAST)
+    return factor
 
 
 def adam(m: Tensor, squares: Tensor) -> Tensor:

@@ -19,12 +19,15 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
         steps: of the iteration; each costs 4 n² N + 2 n³ operations for sides n <= N.
     """
     a, b, c = _COEFFICIENTS
-    tall = x.shape[-2] > x.shape[-1]
-    y: Tensor = x.mT if tall else x
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
-    y = y.reshape(x.shape[:-2].numel(), *y.shape[-2:])
+    y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
+    y = y.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    tall = (
+        x.shape[-2] > x.shape[-1]
+    )  # its smaller product is XᵀX; turned over, it would be read and written across memory
     for _ in range(steps):
-        gram = y @ y.mT
+        gram = y.mT @ y if tall else y @ y.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        y = torch.baddbmm(y, polynomial, y, beta=a)  # sums beside products: passes of their own cost as much
-    return (y.mT if tall else y).reshape(x.shape)
+        factors = (y, polynomial) if tall else (polynomial, y)
+        y = torch.baddbmm(y, *factors, beta=a)  # sums beside products: passes of their own cost as much
+    found: Tensor = y.reshape(x.shape)
+    return found

@@ -27,9 +27,10 @@ from sophia.optim import (
     update,
 )
 from sophia.optim.curvature import GaussNewtonBartlett
-from sophia.optim.dtensor import local, localise, shards
+from sophia.optim.dtensor import shards
 from sophia.optim.matrix_bounds import Bounds
 from sophia.optim.matrix_member import Member
+from sophia.optim.matrix_passes import Passes, fuses
 from sophia.optim.matrix_refresh import Chunks, MatrixRefresh, as_chunks, refreshed
 from sophia.optim.matrix_step import MatrixStep
 from sophia.optim.matrix_step import together as together
@@ -98,9 +99,11 @@ class SophiaK(SophiaG):
             in place of fp32 (CUDA from compute capability 8 on, CPUs with AMX). None is fp32, or fp64 for fp64
             parameters.
         estimator: a Gauss-Newton-Bartlett estimator; None is one with random signs.
+        fused: whether what is done entry by entry (momenta, Adam's rule, adding the update) is one pass over memory
+            each, for parameters on the CPU, with numba; None where that is worth it.
 
-    The remaining arguments are those of :class:`Sophia`. There are no foreach, fused or capturable paths: products of
-    matrices are what a step costs.
+    The remaining arguments are those of :class:`Sophia`. There are no foreach or capturable paths: products of matrices
+    are what a step costs.
 
     Under FSDP2 each hidden matrix has one rank that puts its shards together, turns them, and alone holds diagonal,
     statistics and bases: memory and work are dealt to the ranks. In each step momenta travel there, and updates back.
@@ -152,6 +155,7 @@ class SophiaK(SophiaG):
         gradient_reduction: Literal["mean", "sum", "none"] = "mean",
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         """Build the optimizer; see the class for the arguments."""
         self._settings: dict[str, Any] = {
@@ -185,6 +189,7 @@ class SophiaK(SophiaG):
             gradient_reduction=gradient_reduction,
             state_dtype=state_dtype,
             maximize=maximize,
+            fused=fused,
             bias_correction=True,
         )
 
@@ -273,16 +278,6 @@ class SophiaK(SophiaG):
                 whole.append(one)
                 continue
             own["step"] += 1
-            update.accumulate_momentum(
-                [localise(p.grad, p)],
-                [local(own["exp_avg"])],
-                beta1=group["betas"][0],
-                maximize=group["maximize"],
-                scratch=self._scratch,
-                keys=[self._rounding_key(p, rounding.EXP_AVG)],
-                step=self._clock.time,
-                grad_scale=None if grad_scale is None else grad_scale.to(p.device),
-            )
             moving.append(one)
         adam_step.take(whole, self.state, group)
         MatrixStep(
@@ -292,7 +287,15 @@ class SophiaK(SophiaG):
             interval=self._clock.interval,
             replicas=self._replicas,
             bounds=self._bounds,
-        ).move(moving, grad_scale)
+            passes=Passes(
+                states=self.state,
+                scratch=self._scratch,
+                key=lambda p: self._rounding_key(p, rounding.EXP_AVG),
+                time=self._clock.time,
+                grad_scale=grad_scale,
+                fused={device for device, path in paths.items() if path == "fused" and fuses(device)},
+            ),
+        ).move(moving)
 
     # ---- stats
 

@@ -9,6 +9,7 @@ from sophia.study.ledger import Ledger
 from sophia.study.plan import Plan, plan
 from sophia.study.pool import Pool
 from sophia.study.progress import Progress
+from sophia.study.reuse import Loan
 from sophia.study.runs import RunSpec
 from sophia.study.settings import Study
 from sophia.study.worker import Failed, Finished, Message, Note, Step
@@ -25,6 +26,7 @@ def advance(
     *,
     minutes: float | None = None,
     before: Callable[[RunSpec], None] = lambda _: None,
+    loan: Loan | None = None,
 ) -> Plan:
     """Make all runs that the study wants; ends the pool's workers.
 
@@ -35,7 +37,8 @@ def advance(
         progress: Is told of everything.
         signals: A signal ends the work, with checkpoints of the runs in progress.
         minutes: After so many no run is begun; those in progress are finished. None: no limit.
-        before: Called with each run that is about to begin.
+        before: Called with each run that is about to begin, or taken.
+        loan: Runs that need not be made; asked whenever the plan moves on.
 
     Returns:
         What there is, and what is left.
@@ -56,6 +59,10 @@ def advance(
             if not pool.running:
                 break
             if _take(pool.wait(_LOOK_SECONDS), ledger, pool, progress):
+                if loan is not None and (taken := loan.take({spec.id for spec in pool.running})):
+                    for spec in taken:
+                        before(spec)
+                    progress.note(f"{len(taken)} more runs taken that were made elsewhere")
                 state = plan(study, ledger.runs)
                 progress.plan(state, ledger.runs)
             progress.tick()

@@ -65,13 +65,13 @@ def sophia_(
     if found_inf is not None and float(found_inf) != 0:
         return []
     rate = float(lr)
-    weight = (1.0 - beta1) * (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
+    weight = (1.0 - beta1) * sign(maximize, grad_scale)
     constants = [1.0 - rate * weight_decay, rate, beta1, weight, gamma, eps]
-    groups, left = _by_dtypes(params, grads, exp_avgs, hessians)
+    groups, left = by_dtypes(params, grads, exp_avgs, hessians)
     for dtypes, indices in groups.items():
         noisy = keys is not None and dtypes[2] == torch.bfloat16
         columns = [[column[i] for i in indices] for column in (params, grads, exp_avgs, hessians)]
-        _run("step_loop", (*dtypes, noisy), columns, _words(keys, indices, step, noisy), constants, clipped)
+        run("cpu_loops.step_loop", (*dtypes, noisy), columns, words(keys, indices, step, noisy), constants, clipped)
     return left
 
 
@@ -87,15 +87,15 @@ def fold_(
 ) -> list[int]:
     """h ← β2 h + (1 − β2) · scale · ĥ, in place. Returns the indices of the tensors that there is no loop for."""
     del kept
-    groups, left = _by_dtypes(hessians, estimates)
+    groups, left = by_dtypes(hessians, estimates)
     for dtypes, indices in groups.items():
         noisy = keys is not None and dtypes[0] == torch.bfloat16
         columns = [[column[i] for i in indices] for column in (hessians, estimates)]
-        _run(
-            "fold_loop",
+        run(
+            "cpu_loops.fold_loop",
             (*dtypes, noisy),
             columns,
-            _words(keys, indices, step, noisy),
+            words(keys, indices, step, noisy),
             [beta2, (1.0 - beta2) * scale],
             None,
         )
@@ -113,10 +113,15 @@ def floor_(
 ) -> None:
     """The memory traffic of an fp32 step with next to no arithmetic, to measure the step against; θ and m change."""
     columns = [params, grads, exp_avgs, hessians]
-    _run("floor_loop", (prefetched,), columns, [0] * len(params), [0.0], None, piece)
+    run("cpu_loops.floor_loop", (prefetched,), columns, [0] * len(params), [0.0], None, piece)
 
 
-def _by_dtypes(*columns: list[Tensor]) -> tuple[dict[tuple[torch.dtype, ...], list[int]], list[int]]:
+def sign(maximize: bool, grad_scale: Tensor | None) -> float:
+    """What a stored gradient is multiplied by."""
+    return (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
+
+
+def by_dtypes(*columns: list[Tensor]) -> tuple[dict[tuple[torch.dtype, ...], list[int]], list[int]]:
     """The indices of tensors that a loop of certain dtypes can take, and of those that none can."""
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     left: list[int] = []
@@ -129,22 +134,33 @@ def _by_dtypes(*columns: list[Tensor]) -> tuple[dict[tuple[torch.dtype, ...], li
     return groups, left
 
 
-def _words(keys: Sequence[int] | None, indices: list[int], step: int | Tensor, noisy: bool) -> list[int]:
+def words(keys: Sequence[int] | None, indices: list[int], step: int | Tensor, noisy: bool) -> list[int]:
     """The rounding key of each tensor at t."""
     if keys is None or not noisy:
         return [0] * len(indices)
     return [int(step_key(keys[i], step)) for i in indices]
 
 
-def _run(
+def run(
     name: str,
     variant: tuple[Any, ...],
     columns: Sequence[Sequence[Tensor]],
     keys: Sequence[int],
     constants: Sequence[float],
-    count: Tensor | None,
+    count: Tensor | None = None,
     piece: int | None = None,
 ) -> None:
+    """Run a loop over lists of tensors: element i of each is one row, as long as that of the first list.
+
+    Args:
+        name: of the loop, "module.function".
+        variant: what it is compiled for.
+        columns: the lists.
+        keys: a rounding key for each row.
+        constants: of the loop.
+        count: 0-D int64 to which what it counts is added.
+        piece: elements that a thread takes at a time.
+    """
     table: list[int] = []
     total = 0
     for key, *arrays in zip(keys, *columns, strict=True):
@@ -168,6 +184,7 @@ def _run(
 @functools.cache
 def _loop(name: str, variant: tuple[Any, ...]) -> int:
     """The address of a loop, compiled when first asked for."""
-    loops = importlib.import_module("sophia.optim.kernels.cpu_loops")
-    address: int = getattr(loops, name)(*variant).address
+    module, _, function = name.partition(".")
+    loops = importlib.import_module(f"sophia.optim.kernels.{module}")
+    address: int = getattr(loops, function)(*variant).address
     return address

@@ -25,7 +25,7 @@ from sophia.optim.kernels.cpu_words import (
 )
 
 CHUNK = 128
-_LINE = 64  # bytes that memory comes in
+LINE = 64  # bytes that memory comes in
 
 # A row of the table is a tensor: the number of elements of all tensors before it, its rounding key, the addresses of
 # its arrays. One more row ends the last tensor.
@@ -38,7 +38,7 @@ DECAY, LR, BETA, WEIGHT, GAMMA, EPS, STEP_CONSTANTS = range(7)
 FOLD_BETA, FOLD_WEIGHT, FOLD_CONSTANTS = range(3)
 
 # As torch's arithmetic, but for fused multiply-add; NaN and division by zero as in IEEE 754.
-_compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 @functools.cache
@@ -47,14 +47,14 @@ def step_loop(param: torch.dtype, grad: torch.dtype, exp_avg: torch.dtype, hessi
 
     noisy: momentum, which is bfloat16, is rounded stochastically.
     """
-    real = _real(param, grad, exp_avg, hessian)
+    real = real_of(param, grad, exp_avg, hessian)
     load_p, load_g, load_m, load_h = (LOADS[dtype] for dtype in (param, grad, exp_avg, hessian))
     word_p, word_g, word_m, word_h = (WORDS[dtype] for dtype in (param, grad, exp_avg, hessian))
     store_p, store_m = STORES[param], store_stochastic if noisy else STORES[exp_avg]
     fetch = _fetch(word_p, word_g, word_m, word_h)
     one = real(1)
 
-    @_compiled
+    @compiled
     def chunk(p: Any, g: Any, m: Any, h: Any, first: int, n: int, key: int, constants: Any) -> Any:
         decay, lr, beta = real(constants[DECAY]), real(constants[LR]), real(constants[BETA])
         weight, gamma, eps = real(constants[WEIGHT]), real(constants[GAMMA]), real(constants[EPS])
@@ -72,7 +72,7 @@ def step_loop(param: torch.dtype, grad: torch.dtype, exp_avg: torch.dtype, hessi
             spot = following(spot)
         return clipped
 
-    @_compiled
+    @compiled
     def span(row: Any, first: int, stop: int, constants: Any) -> Any:
         count = 0
         while first < stop:
@@ -84,17 +84,17 @@ def step_loop(param: torch.dtype, grad: torch.dtype, exp_avg: torch.dtype, hessi
             first += n
         return count
 
-    return _loop(span, arrays=4, constants=STEP_CONSTANTS)
+    return over_pieces(span, arrays=4, constants=STEP_CONSTANTS)
 
 
 @functools.cache
 def fold_loop(hessian: torch.dtype, estimate: torch.dtype, noisy: bool) -> Any:
     """h ← beta · h + weight · ĥ on tensors of these dtypes; as :func:`step_loop`."""
-    real = _real(hessian, estimate)
+    real = real_of(hessian, estimate)
     load_h, load_e, word_h, word_e = LOADS[hessian], LOADS[estimate], WORDS[hessian], WORDS[estimate]
     store_h = store_stochastic if noisy else STORES[hessian]
 
-    @_compiled
+    @compiled
     def span(row: Any, first: int, stop: int, constants: Any) -> Any:
         beta, weight = real(constants[FOLD_BETA]), real(constants[FOLD_WEIGHT])
         h, e = at(row[ADDRESSES], word_h, 0), at(row[ADDRESSES + 1], word_e, 0)
@@ -104,7 +104,7 @@ def fold_loop(hessian: torch.dtype, estimate: torch.dtype, noisy: bool) -> Any:
             spot = following(spot)
         return 0
 
-    return _loop(span, arrays=2, constants=FOLD_CONSTANTS)
+    return over_pieces(span, arrays=2, constants=FOLD_CONSTANTS)
 
 
 @functools.cache
@@ -114,14 +114,14 @@ def floor_loop(prefetched: bool) -> Any:
     fetch = _fetch(word, word, word, word)
     length = CHUNK if prefetched else 1 << 62
 
-    @_compiled
+    @compiled
     def chunk(p: Any, g: Any, m: Any, h: Any, n: int) -> None:
         half = np.float32(0.5)
         for i in range(n):
             p[i] = half * (p[i] + h[i])
             m[i] = half * (m[i] + g[i])
 
-    @_compiled
+    @compiled
     def span(row: Any, first: int, stop: int, constants: Any) -> Any:
         while first < stop:
             n = min(length, stop - first)
@@ -133,16 +133,16 @@ def floor_loop(prefetched: bool) -> Any:
             first += n
         return 0
 
-    return _loop(span, arrays=4, constants=1)
+    return over_pieces(span, arrays=4, constants=1)
 
 
 @functools.cache
 def _fetch(*words: Any) -> Any:
     """Bring the chunk after next of four arrays into the cache, in the order in which it will be needed."""
-    every_p, every_g, every_m, every_h = (_LINE // np.dtype(word).itemsize for word in words)
+    every_p, every_g, every_m, every_h = (LINE // np.dtype(word).itemsize for word in words)
     every = min(every_p, every_g, every_m, every_h)
 
-    @_compiled
+    @compiled
     def fetch(p: Any, g: Any, m: Any, h: Any) -> None:
         for i in range(2 * CHUNK, 3 * CHUNK, every):
             if i % every_p == 0:
@@ -157,7 +157,7 @@ def _fetch(*words: Any) -> Any:
     return fetch
 
 
-def _loop(span: Any, *, arrays: int, constants: int) -> Any:
+def over_pieces(span: Any, *, arrays: int, constants: int) -> Any:
     """Take pieces of the work, as long as there are any, and call span(row, first, stop, constants) for each tensor."""
     columns = ADDRESSES + arrays
 
@@ -189,5 +189,6 @@ def _loop(span: Any, *, arrays: int, constants: int) -> Any:
     return loop
 
 
-def _real(*dtypes: torch.dtype) -> Any:
+def real_of(*dtypes: torch.dtype) -> Any:
+    """What a loop on tensors of these dtypes computes in."""
     return np.float64 if torch.float64 in dtypes else np.float32
