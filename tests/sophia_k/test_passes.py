@@ -129,6 +129,7 @@ def test_other_orders_in_memory(layout, grad_layout, split):
     compare(momenta, expected_momenta)
 
 
+@pytest.mark.filterwarnings("ignore:1 parameters have gradients, but the curvature refresh did not reach them")
 def test_what_no_curvature_has_reached_only_gathers_momentum(loops):
     params = [nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
     optimizer = SophiaK(params, fused=True)
