@@ -194,6 +194,12 @@ def test_numbers_of_the_headline(page, whole):
         assert keys[f"Speed-up in {name}"] == f"{entry[f'speedup_{key}']['value']:.2f}×"
 
 
+def test_the_headline_against_the_others(page, whole):
+    assert page.text.count("How many times the speed-up of each other optimizer that of sophia-g is") == 1
+    muon = next(one for one in whole["duels"] if one["optimizer"] == "muon")
+    assert f"{muon['speedup_tokens']['value']:.2f}" in page.text
+
+
 def test_tables_have_captions_and_headers(page):
     tables = [place for tag, _, place in page.elements if tag == "table"]
     assert len(tables) > 20

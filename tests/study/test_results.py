@@ -34,7 +34,7 @@ def test_the_form_is_the_one_that_the_report_reads(whole):
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert set(whole) == {
         *("study", "machine", "baseline", "headline", "verdict", "complete", "optimizers", "baseline_curve"),
-        *("ablations", "runs", "flags"),
+        *("duels", "ablations", "runs", "flags"),
     }
     assert set(whole["study"]) >= STUDY
     assert whole["study"]["model"] == {
@@ -80,6 +80,28 @@ def test_time_and_operations_divide_by_what_a_token_costs(whole):
     assert (soap["claim"], soap["claim_seconds"]) == (True, False)  # 1.3 the tokens at 1.25 the price
     sophia = whole["optimizers"]["sophia-g"]
     assert sophia["speedup_flops"]["value"] == pytest.approx(sophia["speedup_tokens"]["value"] / 1.006)
+
+
+def test_the_headline_is_held_against_each_of_the_others(whole):
+    """What both owe to the baseline's luck, and to a slow round, drops out of how far one is ahead of the other."""
+    duels = {one["optimizer"]: one for one in whole["duels"]}
+    assert list(duels) == [name for name in WORTH if name not in ("adamw", "sophia-g")]
+    sophia = whole["optimizers"]["sophia-g"]
+    for name, one in duels.items():
+        assert set(one["speedup_tokens"]) == set(one["speedup_seconds"]) == ESTIMATE
+        assert one["speedup_tokens"]["value"] == pytest.approx(WORTH["sophia-g"] / WORTH[name], rel=0.04)
+        price = sophia["cost"]["ratio"] / whole["optimizers"][name]["cost"]["ratio"]
+        for end in ("value", "low", "high"):
+            assert one["speedup_seconds"][end] == pytest.approx(one["speedup_tokens"][end] / price)
+    assert duels["muon"]["claim"]
+    assert duels["muon"]["speedup_tokens"]["value"] < 1
+
+
+def test_without_a_rival_there_is_no_duel():
+    assert (
+        Example(study=replace(Example().study, race=replace(Example().study.race, headline=""))).results()["duels"]
+        == []
+    )
 
 
 def test_the_papers_test_is_half_the_budget_against_the_whole(whole):

@@ -3,12 +3,13 @@
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 from scipy import stats
 
 from sophia.study.curve import Curve, curves, mean_curve
-from sophia.study.speedup import Speedup, speedup
+from sophia.study.speedup import Speedup, over, speedup
 from sophia.study.statistics import Estimate, difference, divided, mean, median_interval
 
 T = 1_000_000
@@ -186,6 +187,44 @@ def test_a_claim_wants_an_interval_without_one():
     assert not speedup({1: 2.9, 2: 3.06, 3: 2.96}, T, ladder((1, 2, 3))).claim
 
 
+def test_one_over_another_by_hand():
+    """Worth 2, sqrt 2 and 2 times the tokens, against sqrt 2, 1 and 1; the luck of a seed is the baseline's, too."""
+    luck = {1: 0.9, 2: -0.4, 3: 0.0}
+    ours, theirs = {1: 3.4, 2: 2.35, 3: 2.5, 4: 2.0}, {1: 3.65, 2: 2.6, 3: 3.0}
+    found = over(ours, theirs, T, ladder((1, 2, 3), luck))
+    logs = [math.log(2) / 2, math.log(2) / 2, math.log(2)]
+    expected = stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
+    assert found is not None
+    assert (found.value, found.low, found.high, found.n) == (
+        pytest.approx(2 ** (2 / 3)),
+        pytest.approx(math.exp(expected.low)),
+        pytest.approx(math.exp(expected.high)),
+        3,
+    )
+
+
+def test_nobody_is_ahead_of_who_is_beyond_the_baseline():
+    inside, beyond = {1: 2.5, 2: 2.6}, {1: 1.9, 2: 2.6}
+    baseline = ladder((1, 2))
+    assert over(inside, beyond, T, baseline) is None
+    assert over(beyond, inside, T, baseline) is None
+    assert over(inside, {3: 2.5}, T, baseline) is None
+
+
+@pytest.mark.parametrize(("complete", "seeds"), [(3, 3), (3, 6)], ids=["three seeds", "three of six with all budgets"])
+def test_who_is_ahead_is_held_as_often_as_it_is_said(complete, seeds):
+    """1.5 against 1.3."""
+    rng, held, studies = random.Random(14), 0, 800
+    for _ in range(studies):
+        ours, _, baseline, another = _study(rng, 1.5, complete, seeds, other=1.3)
+        found = over(ours, another, T, baseline)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 1.5 / 1.3 <= found.high
+    assert 0.92 <= held / studies <= 0.98
+
+
 @pytest.mark.parametrize(
     ("truth", "complete", "seeds"),
     [(1.0, 6, 6), (1.3, 3, 3), (2.0, 3, 6), (2.0, 6, 6)],
@@ -223,9 +262,9 @@ def test_a_null_result_is_rarely_claimed():
     assert 0.03 <= claims / 1500 <= 0.07
 
 
-def _study(
-    rng: random.Random, truth: float, complete: int, seeds: int
-) -> tuple[dict[int, float], int, dict[int, dict[int, float]]]:
+def _study(rng: random.Random, truth: float, complete: int, seeds: int, other: float | None = None) -> Any:
+    """Final losses, T, and the baseline's; also those of another optimizer, if it is worth something."""
+
     def loss(budget: float, seed: int) -> float:
         return 1.5 + 1.5 * budget**-0.08 + luck[seed] + rng.gauss(0, 0.006)
 
@@ -234,4 +273,5 @@ def _study(
         int(share * T): {seed: loss(share, seed) for seed in luck if share <= 1 or seed <= complete}
         for share in (0.5, 1.0, 2.0, 4.0)
     }
-    return {seed: loss(truth, seed) for seed in luck}, T, baseline
+    ours = {seed: loss(truth, seed) for seed in luck}
+    return (ours, T, baseline) if other is None else (ours, T, baseline, {seed: loss(other, seed) for seed in luck})

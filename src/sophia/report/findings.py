@@ -43,6 +43,35 @@ def race(results: Results) -> Markup:
     return table(caption, columns, rows, label="Final losses and speed-ups")
 
 
+def duels(results: Results) -> Markup | None:
+    """The optimizer under test against each of the others."""
+    rows = []
+    for found in records(results.record, "duels"):
+        name = str(found.get("optimizer"))
+        if estimate(found, "speedup_tokens") is not None:
+            rows.append(
+                (
+                    tag("span", name, class_="plain"),
+                    *(speedups(estimate(found, f"speedup_{key}")) for key in ("tokens", "seconds", "flops")),
+                    tag("span", _claim(results, name, found), class_="plain"),
+                )
+            )
+    if not rows:
+        return None
+    columns = (
+        Column(f"{results.headline} against"),
+        Column("Ahead in tokens", numeric=True),
+        Column("in time", numeric=True),
+        Column("in operations", numeric=True),
+        Column("Claim"),
+    )
+    caption = (
+        f"How many times the speed-up of each other optimizer that of {results.headline} is: seed by seed, and in time "
+        f"round by round, so that the uncertainty of {results.baseline}'s curve, which both share, drops out."
+    )
+    return table(caption, columns, rows, label=f"{results.headline} against the others")
+
+
 def baseline_budgets(results: Results) -> Markup | None:
     """The baseline's own runs."""
     points = sorted(

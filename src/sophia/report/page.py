@@ -93,6 +93,7 @@ def _sections(results: Results, pictures: dict[str, Picture | None]) -> Markup:
     content: dict[str, tuple[object, ...]] = {
         "race": (
             findings.race(results),
+            findings.duels(results),
             figure(
                 pictures["speedups"],
                 "Speed-ups are not known yet: they need final runs at T, and the baseline's at several budgets.",

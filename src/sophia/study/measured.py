@@ -34,3 +34,5 @@ class Cost:
     products."""
     peak_memory_bytes: int | None
     """Highest memory while updates run, beyond what the libraries take; None where the system does not tell."""
+    seconds: tuple[float, ...] = ()
+    """Of an update, in each round."""

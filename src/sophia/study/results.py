@@ -78,6 +78,7 @@ def build(
         "verdict": "",
         "complete": plan.done and timed,
         "optimizers": {entry.name: _optimizer(table, entry) for entry in study.optimizers},
+        "duels": _duels(table),
         "baseline_curve": [
             _point(table, cell) for cell in plan.cells if cell.optimizer == study.race.baseline and cell.finals
         ],
@@ -169,6 +170,28 @@ def _optimizer(table: Standings, entry: Entry) -> dict[str, Any]:
         "best_batch": _best_batch(table, entry.name),
         "clip_fraction": _clip_fraction(table, cell),
     }
+
+
+def _duels(table: Standings) -> list[dict[str, Any]]:
+    """The headline against each of the others but the baseline."""
+    race = table.study.race
+    if not race.headline or race.headline == race.baseline:
+        return []
+    found = []
+    for entry in table.study.optimizers:
+        if entry.name not in (race.headline, race.baseline):
+            standing = table.duel(table.cell(race.headline), table.cell(entry.name))
+            found.append(
+                {
+                    "optimizer": entry.name,
+                    "speedup_tokens": plain.estimate(standing.tokens),
+                    "speedup_seconds": plain.estimate(standing.seconds),
+                    "speedup_flops": plain.estimate(standing.flops),
+                    "claim": standing.claim,
+                    "claim_seconds": standing.claim_seconds,
+                }
+            )
+    return found
 
 
 def _search(cell: Cell) -> dict[str, Any]:

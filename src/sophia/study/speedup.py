@@ -1,11 +1,16 @@
 """Speed-up in tokens: what the baseline would have needed for the same loss, over what was needed."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from sophia.study.curve import Curve, Losses, curves
 from sophia.study.statistics import Bound, Estimate, difference, exponential, mean
+
+_Kept: TypeAlias = Callable[[Mapping[int, float]], Mapping[int, float]]
+"""Takes losses by seed, and gives those of the seeds that count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,9 @@ def speedup(ours: Mapping[int, float], tokens: int, baseline: Losses) -> Speedup
         estimate = exponential(_without_interval(logs, bound))
         claim = _claim_by_loss(ours, baseline[tokens], bound, estimate.value)
     else:
-        estimate = exponential(_interval(logs, ours, tokens, baseline, bool(shifted)))
+        estimate = exponential(
+            _interval(logs, lambda found, kept: _logs(kept(ours), tokens, found)[0], tokens, baseline, bool(shifted))
+        )
         claim = not estimate.holds(1.0)
     return Speedup(tokens=estimate, claim=claim, seeds=seeds, shifted=shifted)
 
@@ -63,32 +70,71 @@ def _logs(
     return logs, frozenset(bounds)
 
 
+def over(ours: Mapping[int, float], theirs: Mapping[int, float], tokens: int, baseline: Losses) -> Estimate | None:
+    """Our speed-up over another's at the same budget, seed by seed: the luck of the baseline's curve drops out.
+
+    Args:
+        ours: Final loss by seed, of runs with budget ``tokens``.
+        theirs: The other's.
+        tokens: The budget, which the baseline must have been run at, too.
+        baseline: Its final losses by budget and seed.
+
+    Returns:
+        The ratio of the speed-ups; None where one of them is only a bound, or no seed is common to all.
+    """
+    found = curves(baseline, tokens)
+    seeds = tuple(sorted(ours.keys() & theirs.keys() & found.keys()))
+
+    def worth(found: Mapping[int, Curve], kept: _Kept) -> dict[int, float]:
+        mine, others = (_logs(kept(losses), tokens, found)[0] for losses in (ours, theirs))
+        return {seed: mine[seed] - others[seed] for seed in mine}
+
+    common = functools.partial(_only, seeds)
+    if not seeds or any(_logs(common(losses), tokens, found)[1] for losses in (ours, theirs)):
+        return None
+    shifted = any(found[seed].shifted for seed in seeds)
+    return exponential(_interval(worth(found, common), worth, tokens, baseline, shifted))
+
+
 def _interval(
-    logs: Mapping[int, float], ours: Mapping[int, float], tokens: int, baseline: Losses, shifted: bool
+    logs: Mapping[int, float],
+    worth: Callable[[Mapping[int, Curve], _Kept], Mapping[int, float]],
+    tokens: int,
+    baseline: Losses,
+    shifted: bool,
 ) -> Estimate:
     """The t-interval over seeds; over the jackknife's pseudo-values where seeds share a part of their curves.
 
     A curve that is lent to other seeds is one piece of luck in several values, so that their spread tells too little.
     The jackknife leaves out one seed everywhere and sees what becomes of the mean. Where nothing is lent, its
     pseudo-values n·θ - (n-1)·θ₋ᵢ are the values themselves.
+
+    Args:
+        logs: The values.
+        worth: Gives those of some seeds anew, from curves of the baseline.
+        tokens: Budget T.
+        baseline: What curves are made of.
+        shifted: Whether some seeds have curves that are partly those of others.
     """
-    values = list(logs.values())
-    plain = mean(values)
+    plain = mean(list(logs.values()))
     assert plain is not None
-    n = len(values)
+    n = len(logs)
     if not shifted or n < 2:
         return plain
     pseudo = []
     for left_out in logs:
-        rest = {seed: loss for seed, loss in ours.items() if seed in logs and seed != left_out}
-        found = curves(baseline, tokens, without=left_out)
-        others, _ = _logs(rest, tokens, found)
+        rest = sorted(logs.keys() - {left_out})
+        others = worth(curves(baseline, tokens, without=left_out), functools.partial(_only, rest))
         pseudo.append(n * plain.value - (n - 1) * (math.fsum(others.values()) / len(others)))
     jackknife = mean(pseudo)
     assert jackknife is not None
     assert jackknife.low is not None
     half = jackknife.value - jackknife.low
     return replace(plain, low=plain.value - half, high=plain.value + half)
+
+
+def _only(seeds: Sequence[int], losses: Mapping[int, float]) -> Mapping[int, float]:
+    return {seed: losses[seed] for seed in seeds}
 
 
 def _without_interval(logs: Mapping[int, float], bound: Bound) -> Estimate:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from sophia.study.curve import Losses
 from sophia.study.evidence import same_cost
@@ -10,8 +11,8 @@ from sophia.study.measured import Cost
 from sophia.study.plan import AblationCell, Cell, Plan, best_batch
 from sophia.study.runs import FinishedRun, Settings
 from sophia.study.settings import Study
-from sophia.study.speedup import Speedup, speedup
-from sophia.study.statistics import Estimate, difference, divided, mean
+from sophia.study.speedup import Speedup, over, speedup
+from sophia.study.statistics import Estimate, difference, divided, mean, median_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,33 @@ class Standings:
             claim_seconds=_claims_time(found, time, seconds) and self.study.race.trials > 0,
             shifted=found.shifted,
             both_sides=found.tokens is None and bool(found.seeds),
+        )
+
+    def duel(self, cell: Cell | None, other: Cell | None) -> Standing:
+        """The ratio of two entries' speed-ups at T and at equal batch: how much the first is ahead of the other.
+
+        Seed by seed and round by round, so that what both owe to the baseline's luck drops out.
+        """
+        if cell is None or other is None:
+            return Standing(tokens=None, seconds=None, flops=None, claim=False, claim_seconds=False)
+        size = cell.tokens_per_step
+        tokens = over(self.losses(cell), self.losses(other), self.study.race.tokens, self.baseline(size))
+        ours, theirs = (self.cost(one.optimizer, size) for one in (cell, other))
+        if tokens is None or ours is None or theirs is None or not len(ours.seconds) == len(theirs.seconds) > 0:
+            time = operations = None
+        else:
+            ratios = [own / another for own, another in zip(ours.seconds, theirs.seconds, strict=True)]
+            low, high = median_interval(ratios)
+            time = divided(tokens, Estimate(value=median(ratios), low=low, high=high, n=len(ratios)))
+            exact = ours.flops_per_step / theirs.flops_per_step
+            operations = divided(tokens, Estimate(value=exact, low=exact, high=exact, n=1))
+        tuned = self.study.race.trials > 0
+        return Standing(
+            tokens=tokens,
+            seconds=time,
+            flops=operations,
+            claim=tuned and tokens is not None and not tokens.holds(1.0),
+            claim_seconds=tuned and time is not None and not time.holds(1.0),
         )
 
     def _ratios(self, cell: Cell, reference: Cell) -> tuple[Estimate | None, Estimate | None]:

@@ -90,12 +90,12 @@ def measure(study: Study, plan: Plan, place: Place, report: Callable[[str], None
     try:
         weights = _weights(study, wanted, place, folder, report)
         with world(study.machine.device) as here:
-            costs, seconds = _rounds(study, wanted, weights, place.data, folder, here, report)
+            costs = _rounds(study, wanted, weights, place.data, folder, here, report)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lines = [
-        {**asdict(cost), "settings": dict(cost.settings), "kind": case.spec.kind, "seconds": seconds[number]}
-        for number, (case, cost) in enumerate(zip(wanted, costs, strict=True))
+        {**asdict(cost), "settings": dict(cost.settings), "kind": case.spec.kind}
+        for case, cost in zip(wanted, costs, strict=True)
     ]
     machine.write_json(place.out / FILE, {"format": FORMAT, "machine": machine.describe(), "costs": lines})
     return costs
@@ -131,12 +131,13 @@ def read(study: Study, plan: Plan, out: Path) -> list[Cost]:
 def _cost(line: Mapping[str, Any]) -> Cost:
     values = {name: line[name] for name in Cost.__dataclass_fields__}
     for name, value in values.items():
-        if name not in ("optimizer", "settings") and not isinstance(value, (int, float, type(None))):
+        numbers = value if name == "seconds" else [value]
+        if name not in ("optimizer", "settings") and not all(isinstance(x, (int, float, type(None))) for x in numbers):
             raise TypeError(f"{name} is {value!r}")
     for name in ("seconds_per_step", "ratio", "ratio_low", "ratio_high", "flops_per_step"):
         if not (values[name] is not None and values[name] > 0):
             raise ValueError(f"{name} is {values[name]!r}")
-    return Cost(**{**values, "settings": settings(**values["settings"])})
+    return Cost(**{**values, "settings": settings(**values["settings"]), "seconds": tuple(values["seconds"])})
 
 
 def _best(cell: Cell | AblationCell) -> RunSpec | None:
@@ -170,8 +171,8 @@ def _rounds(
     folder: Path,
     here: World,
     report: Callable[[str], None],
-) -> tuple[list[Cost], list[list[float]]]:
-    """All cases in turn; returns their costs, and the seconds of a step in each round."""
+) -> list[Cost]:
+    """The costs of all cases, which run in turn."""
     going: list[Stepping] = []
     try:
         for number, case in enumerate(wanted):
@@ -216,9 +217,10 @@ def _rounds(
                 refreshes_per_round=made[number],
                 flops_per_step=weights[number]["flops_per_step"],
                 peak_memory_bytes=weights[number]["peak_memory_bytes"],
+                seconds=tuple(seconds[number]),
             )
         )
-    return costs, seconds
+    return costs
 
 
 def _reference(study: Study, wanted: Sequence[Case], case: Case) -> int:
