@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,10 +36,16 @@ def short(name: str, longest: int = 22) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
+def folded(name: str, longest: int) -> str:
+    """A name on two lines where one does not hold it, and cut where two do not."""
+    return "\n".join(textwrap.wrap(name, longest, max_lines=2, placeholder="…")) if len(name) > longest else name
+
+
 def text_width(texts: Sequence[str], *, size: float = _LABEL_SIZE, bold: bool = False) -> float:
     """Inches that the widest text takes."""
     font = FontProperties(family="DejaVu Sans", size=size, weight="bold" if bold else "normal")
-    widths = [text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] for text in texts if text]
+    lines = [line for text in texts for line in text.split("\n") if line]
+    widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
     return max(widths, default=0.0) / 72
 
 

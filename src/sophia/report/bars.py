@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from sophia.report import numbers
-from sophia.report.axes import Area, frame, log_ticks, short, size, text_width
+from sophia.report.axes import Area, folded, frame, log_ticks, size, text_width
 from sophia.report.axes import title as set_title
 from sophia.report.looks import INK, MUTED, Look
 from sophia.report.picture import Panel, Picture
@@ -137,7 +137,7 @@ def _draw(
     write: Callable[[object], str],
     longest: int,
 ) -> None:
-    names = [short(bar.name, longest) for bar in bars]
+    names = [folded(bar.name, longest) for bar in bars]
     left = text_width(names, size=_SIZE) + 0.12
     right = text_width([bar.text for bar in bars], size=_SIZE) + 0.16
     dots = area.get_figure(root=True).dpi
@@ -147,7 +147,7 @@ def _draw(
     set_title(axes, title, left=left)
     _limit(axes, bars, neutral, logarithmic=logarithmic, write=write)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_yticks(range(len(bars)), names, fontsize=_SIZE)
+    axes.set_yticks(range(len(bars)), names, fontsize=_SIZE, linespacing=1.0)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
