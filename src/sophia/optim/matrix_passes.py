@@ -4,7 +4,7 @@ Beside products of small matrices it is these that cost time, so on a CPU each i
 numba compiles, where there is one for the tensors at hand. Elsewhere torch's operations do the same.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from sophia.optim import kernels, update
 from sophia.optim.dtensor import is_dtensor, local, localise
 from sophia.optim.kernels import cpu_matrix
 from sophia.optim.matrix_member import Member
-from sophia.optim.matrix_update import ADAM_EPS, length_factor
+from sophia.optim.matrix_update import ADAM_EPS, length_factor, scaled
 from sophia.optim.rows import on_device
 
 
@@ -139,10 +139,10 @@ class Passes:
         """
         first = several[0]
         exact = update.compute_dtype(first.p)
-        ones = torch.ones((), dtype=exact, device=updates.device).expand(*updates.shape[:-2], 1, 1)
-        factors = ones if rms is None else length_factor(updates, rms, exact)
-        left: Iterable[int] = range(len(several))
+        left: Collection[int] = range(len(several))
         if self._fuses(first) and (first.split == 1 or first.split_dim == 0):
+            ones = torch.ones((), dtype=exact).expand(*updates.shape[:-2], 1, 1)
+            factors = ones if rms is None else length_factor(updates, rms, exact)
             params = [one.parts(one.p.detach()) if one.split > 1 else one.p.detach()[None] for one in several]
             indices = cpu_matrix.add_(
                 [part for parts in params for part in parts],
@@ -151,10 +151,11 @@ class Passes:
                 lr=float(first.group["lr"]),
                 weight_decay=first.group["weight_decay"],
             )
-            left = dict.fromkeys(index // first.split for index in indices)  # a weight's parts are alike
-        for index in left:
-            u = updates[index].to(exact)
-            add(several[index], several[index].whole(u if rms is None else u * factors[index]))
+            left = list(dict.fromkeys(index // first.split for index in indices))  # a weight's parts are alike
+        if left:
+            u = updates.to(exact) if rms is None else scaled(updates, rms, dtype=exact)
+            for index in left:
+                add(several[index], several[index].whole(u[index]))
 
     def _fuses(self, one: Member) -> bool:
         return one.p.device in self.fused and not is_dtensor(one.p)
