@@ -446,7 +446,8 @@ class _Step:
             return 2 * self.model
         squared = self.config.width**2
         # Of the largest, 4 W · W, so many are turned together; the rest is by measurement.
-        others = (6 if self.sharded else 4) * self.count.embedding  # Adam's rule by our own arithmetic
+        # Adam's rule by our own arithmetic; compiled loops on a CPU, if there are any, need none of it.
+        others = (6 if self.sharded else 4) * self.count.embedding
         alike = min(self.config.layers, max(1, together(self.device) // (4 * squared)))
         products = {
             "muon": 4 * 4 * squared,  # a bf16 product and its operands, of the largest matrix
