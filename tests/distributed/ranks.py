@@ -23,7 +23,8 @@ import torch.multiprocessing as mp
 # A rank that waits for another one in a collective call gives up before the parent does, so that its traceback says
 # where it was.
 _COLLECTIVE_LIMIT = timedelta(seconds=25)
-# gloo's connections fail now and then on a busy machine ("connectFullMesh failed"), before any function is called.
+# gloo's connections fail now and then on a busy machine ("connectFullMesh failed"), before any function is called, and
+# once a worker of many groups ended with "double free or corruption". What dies each time is our own mistake.
 _MEETINGS = 3
 # What the server imports once, and each worker has from it in milliseconds.
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "sophia.train_command"]
@@ -101,8 +102,8 @@ class Ranks:
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    answers[rank] = (False, "the process died")
-            if not ready or (False, "the process died") in answers.values():
+                    answers[rank] = (None, "the process died")
+            if not ready or (None, "the process died") in answers.values():
                 self.close()  # a worker that hangs is of no more use, nor are those that wait for it
                 if not ready:
                     raise TimeoutError(f"no result from ranks {sorted(waiting.values())} within {seconds} seconds")

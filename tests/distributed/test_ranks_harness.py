@@ -1,5 +1,6 @@
 """The harness itself: what a rank returns, raises, warns of or waits for reaches the test."""
 
+import os
 import time
 import warnings
 
@@ -20,6 +21,16 @@ def fail_on_rank_one():
     if dist.get_rank() == 1:
         raise LookupError("rank one has lost its way")
     dist.barrier()
+
+
+def die_on_rank_one(log, times):
+    """So many times, in whatever processes."""
+    if dist.get_rank() == 1:
+        died = len(log.read_text()) if log.exists() else 0
+        log.write_text("x" * (died + 1))
+        if died < times:
+            os._exit(134)
+    return dist.get_world_size()
 
 
 def warn():
@@ -48,6 +59,16 @@ def test_ranks_that_do_not_meet_try_again_as_new_processes(tmp_path):
         with pytest.raises(RankFailed, match="init_process_group"):
             own.run(place_and_sum, 10)
         assert own.run(place_and_sum, 20) == [(0, 2, 41), (1, 2, 41)]
+    finally:
+        own.close()
+
+
+def test_a_rank_that_dies_is_tried_again_and_told_if_it_dies_each_time(tmp_path):
+    own = Ranks(tmp_path)
+    try:
+        assert own.run(die_on_rank_one, tmp_path / "died", 1) == [2, 2]
+        with pytest.raises(RankFailed, match="rank 1:\nthe process died"):
+            own.run(die_on_rank_one, tmp_path / "dies", 9)
     finally:
         own.close()
 
