@@ -21,9 +21,8 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     a, b, c = _COEFFICIENTS
     y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
     y = y.reshape(x.shape[:-2].numel(), *x.shape[-2:])
-    tall = (
-        x.shape[-2] > x.shape[-1]
-    )  # its smaller product is XᵀX; turned over, it would be read and written across memory
+    # Its smaller product is then XᵀX. X turned over would be read and written across memory.
+    tall = x.shape[-2] > x.shape[-1]
     for _ in range(steps):
         gram = y.mT @ y if tall else y @ y.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
