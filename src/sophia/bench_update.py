@@ -22,6 +22,7 @@ from sophia import machine
 from sophia.accounting import count_parameters, curvature_share, flops_per_token
 from sophia.bench_result import publish
 from sophia.config import OPTIMIZERS, OptimizerSettings
+from sophia.meaning import MATRIX_SETTINGS
 from sophia.model import GPT, GPTConfig
 from sophia.optim import Sophia, SophiaK
 from sophia.optimizers import Optimizers
@@ -131,6 +132,8 @@ def _interval(name: str, whole: GPTConfig, settings: UpdateSettings) -> Callable
     torch.manual_seed(0)
     model = GPT(replace(whole, layers=settings.blocks)).to(device)
     recipe: dict[str, Any] = dict(preset(settings.model).recipes[name])
+    if name == "sophia-k":  # as in training, and not as the library has it
+        recipe = {**MATRIX_SETTINGS, **recipe}
     optimizers = Optimizers(OptimizerSettings(optimizer=name, **recipe), model, seed=0)
     for p in model.parameters():
         p.grad = torch.randn_like(p).mul_(1e-3)
