@@ -182,6 +182,12 @@ def test_small_models_compile_nothing_on_their_own(loops):
     assert not loops
 
 
+def test_models_that_earn_the_compilation_back_take_loops_on_their_own(monkeypatch, loops):
+    monkeypatch.setattr(kernels, "_LEAST_ELEMENTS", {"cpu": 1000})  # of a million
+    moved(None)
+    assert {name for name, _ in loops} == {"ahead_loop", "adam_loop", "add_loop"}
+
+
 def test_elsewhere_it_is_refused():
     with pytest.raises(ValueError, match=r"SophiaK's passes over memory are fused on the CPU only.* on meta"):
         SophiaK([nn.Parameter(torch.zeros(4, 4, device="meta"))], fused=True)

@@ -80,27 +80,21 @@ class MatrixStep:
 
     def _move_whole(self, several: Sequence[Member]) -> None:
         """The same of hidden matrices of one shape, together: their products are small, and many."""
-        following = [one for one in several if one.follows_gradients]
-        gradients = [self.passes.gradient(one) for one in following]
-        found = {one.p: self._diagonal(one, self.states[one.p], g) for one, g in zip(following, gradients, strict=True)}
+        given = {one.p: self.passes.gradient(one) for one in several if one.follows_gradients}
+        diagonals = {one.p: self._diagonal(one, self.states[one.p], given.get(one.p)) for one in several}
         moving = [one for one in several if one.p in self.reach]
         if moving:
             rule = moving[0].rule
             low = rule.product_dtype or update.compute_dtype(moving[0].p)
             x = self.passes.accumulate_along(moving, low)
             basis = self.bounds.bases(moving, self.states, low)
-            diagonals = [found.get(one.p) for one in moving]
-            known = [
-                self._diagonal(one, self.states[one.p], None) if diagonal is None else diagonal
-                for one, diagonal in zip(moving, diagonals, strict=True)
-            ]
-            divisor = self.bounds.of(moving, self.states, known, basis, rule)
+            divisor = self.bounds.of(moving, self.states, [diagonals[one.p] for one in moving], basis, rule)
             self.passes.add_scaled(moving, unscaled(x, divisor.to(low), basis, rule), rule.update_rms)
         for one in several:
             if one.p not in self.reach:
                 self.passes.accumulate(one)
-        for one, g in zip(following, gradients, strict=True):
-            self._follow(one, self.states[one.p], g)
+            if one.p in given:
+                self._follow(one, self.states[one.p], given[one.p])
 
     def _move_sharded(self, several: Sequence[Member]) -> None:
         """The same of matrices in shards, each of them where it is put together.
